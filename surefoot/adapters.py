@@ -1,0 +1,93 @@
+"""Attaches LoRA or DoRA through PEFT, or opens every weight; trainable tensors are fp32, DoRA's magnitudes start from the fp32 norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+
+from surefoot.errors import BackendError
+from surefoot.plan import AdapterPlan
+
+ADAPTER = "default"
+
+
+def attach(model: Any, plan: AdapterPlan, seed: int) -> Any:
+    """The model with its trainable part: a PeftModel, or the model itself for method full.
+
+    Args:
+        model: the base model, fp32 or quantized.
+        seed: of the adapter's random A; every rank passes the same.
+
+    Raises:
+        BackendError: PEFT cannot adapt this model so.
+    """
+    torch.manual_seed(seed)
+    if plan.method == "full":
+        return model.requires_grad_(True)
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        adapted = get_peft_model(model, _lora_config(plan))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise BackendError(f"PEFT cannot attach {plan.method} to {type(model).__name__}: {error}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if plan.method == "dora":
+        reset_magnitudes(adapted)
+    return adapted
+
+
+def _lora_config(plan: AdapterPlan) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=plan.lora_r,
+        lora_alpha=plan.lora_alpha,
+        lora_dropout=plan.lora_dropout,
+        target_modules=list(plan.target_modules) if plan.target_modules else "all-linear",
+        use_dora=plan.method == "dora",
+        use_rslora=plan.use_rslora,
+        init_lora_weights=plan.init_lora_weights,
+    )
+
+
+@torch.no_grad()
+def reset_magnitudes(model: PeftModel) -> None:
+    """Sets each magnitude m [out] to the row norm of W + s BA [out, in], in fp32, so that the model starts as its base (DoRA, section 4.1).
+
+    PEFT takes the norm in the base's dtype: from bf16 weights m is off by up to 2^-8 and the first step is not the identity.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or ADAPTER not in layer.lora_magnitude_vector:
+            continue
+        weight = dequantize_module_weight(layer.get_base_layer()).float()
+        product = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
+        norm = torch.linalg.vector_norm(weight + layer.scaling[ADAPTER] * product.to(weight.device), dim=1)
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight
+        magnitude.data = norm.to(device=magnitude.device, dtype=torch.float32)
+
+
+def compile_layers(model: Any) -> int:
+    """Compiles each decoder layer in place (one graph serves all of them) and returns how many.
+
+    Raises:
+        BackendError: the model has no list of decoder layers.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = getattr(base.get_decoder(), "layers", None)
+    if layers is None:
+        raise BackendError(f"--enable_torch_compile: {type(base).__name__} has no `layers` to compile one by one. Set it to False")
+    for layer in layers:
+        layer.compile()
+    return len(layers)
+
+
+def describe(model: Any) -> str:
+    """One line: how many parameters train, of how many."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = model.num_parameters()
+    return f"training {trained:,} of {total:,} parameters ({trained / total:.2%}), all fp32"

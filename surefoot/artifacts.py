@@ -1,0 +1,151 @@
+"""The run folder: run.json, backend.json, the adapter and the tokenizer at its root. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surefoot.errors import BackendError, DataError, SurefootError
+from surefoot.plan import Plan
+from surefoot.plan_text import as_record
+
+OURS = (
+    "run.json", "backend.json", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "README.md", "config.json",
+    "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
+    "checkpoint-*", "runs",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class RunFolder:
+    """An opened run folder; `record` is run.json as it stands."""
+
+    path: Path
+    is_main: bool
+    resumes: bool
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts to run.json."""
+        self.record.update(facts)
+        if self.is_main:
+            _write_json(self.path / "run.json", self.record)
+
+    def note_data(self, report: dict[str, Any]) -> None:
+        """Adds the data report; a resumed run must meet the rows it began with.
+
+        Raises:
+            DataError: the data changed since the run began.
+        """
+        before = self.record.get("data", {}).get("fingerprint")
+        if self.resumes and before not in (None, report["fingerprint"]):
+            raise DataError(
+                f"{self.path}: the training rows are not those this run began with (fingerprint {before[:12]} -> "
+                f"{report['fingerprint'][:12]}). Restore the data files and flags, or start anew with another --output_dir"
+            )
+        self.note(data=report)
+
+    def save(self, model: Any, tokenizer: Any) -> None:
+        """Writes adapter (or full weights) and tokenizer at the root, and reads back that they are there.
+
+        Raises:
+            BackendError: nothing was written.
+        """
+        if not self.is_main:
+            return
+        save_model(model, self.path)
+        tokenizer.save_pretrained(self.path)
+        if not any(file.stat().st_size > 0 for file in self.path.glob("*.safetensors")):
+            raise BackendError(f"{self.path}: saving wrote no weights")
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """PEFT's or transformers' files. Embedding rows stay out of an adapter: they are frozen, and a PAD row is never read."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        model.config.use_cache = True  # off for training only; generation from these files wants it
+        model.save_pretrained(folder)
+        model.config.use_cache = False
+
+
+@contextmanager
+def opened(plan: Plan) -> Iterator[RunFolder]:
+    """The run folder, its record begun; on the way out run.json says done, or failed and why."""
+    path = Path(plan.output.folder)
+    folder = RunFolder(path=path, is_main=plan.machine.is_main, resumes=plan.output.resume_from is not None)
+    if folder.is_main:
+        _begin(plan, folder)
+    if folder.resumes:
+        folder.record = {**_read_json(path / "run.json"), **folder.record}
+    folder.note(status="running", **({} if folder.resumes else {"started": _now()}), plan=as_record(plan), code=code_state())
+    try:
+        yield folder
+    except BaseException as error:
+        reason = str(error) if isinstance(error, SurefootError) else f"{type(error).__name__}: {error}"
+        folder.note(status="failed", reason=reason, ended=_now())
+        raise
+    folder.note(status="done", ended=_now())
+
+
+def _begin(plan: Plan, folder: RunFolder) -> None:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if plan.output.clears_earlier_run or not folder.resumes:
+        _clear(folder.path)
+    _write_json(folder.path / "backend.json", plan.stamp() | {"versions": plan.machine.versions})
+
+
+def _clear(path: Path) -> None:
+    """Removes what an earlier run of ours wrote; other files stay. The plan has refused folders that are not ours."""
+    if not (path / "run.json").is_file():
+        return
+    for pattern in OURS:
+        for file in path.glob(pattern):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def code_state() -> dict[str, Any]:
+    """Version of this package, and commit and cleanliness of its checkout where git knows them."""
+    import surefoot
+
+    home = Path(surefoot.__file__).parent
+    commit = _git(home, "rev-parse", "HEAD")
+    return {
+        "surefoot": surefoot.__version__,
+        "commit": commit,
+        "is_clean": None if commit is None else _git(home, "status", "--porcelain") == "",
+    }
+
+
+def _git(home: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(home), *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Written beside and renamed, so that a reader never meets half a file."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,104 @@
+"""The transformers backend: tokenizer and base model as the plan says; NF4 and int8 through bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from surefoot.errors import BackendError, UsageError
+from surefoot.plan import ModelPlan
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EMBEDDING_MULTIPLE = 64  # rows; keeps the head's GEMM aligned when PAD had to be added
+
+
+def load_tokenizer(plan: ModelPlan) -> Any:
+    """The tokenizer of the model.
+
+    Raises:
+        UsageError: no such model. BackendError: transformers cannot read it.
+    """
+    with _named(plan, "tokenizer"):
+        return AutoTokenizer.from_pretrained(plan.path, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
+
+
+def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str, ...] | None) -> Any:
+    """The base model on its own device, fp32 where it is not quantized (master weights), with embedding rows for the whole vocabulary.
+
+    Raises:
+        UsageError: no such model, or target_modules names no layer of it. BackendError: it cannot be loaded.
+    """
+    with _named(plan, "model"):
+        config = AutoConfig.from_pretrained(plan.path, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
+    config.use_cache = False
+    if target_modules:
+        _check_targets(plan, config, target_modules)
+    with _named(plan, "model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            plan.path,
+            config=config,
+            revision=plan.revision,
+            trust_remote_code=plan.trust_remote_code,
+            dtype=torch.float32,
+            device_map=_device_map(plan),
+            attn_implementation=plan.attn_implementation,
+            quantization_config=_quantization(plan),
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocabulary_size > rows:
+        model.resize_token_embeddings(vocabulary_size, pad_to_multiple_of=EMBEDDING_MULTIPLE, mean_resizing=False)
+    return model
+
+
+def _quantization(plan: ModelPlan) -> BitsAndBytesConfig | None:
+    if plan.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[plan.compute_dtype],
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if plan.quantization == "int8" else None
+
+
+def _device_map(plan: ModelPlan) -> dict[str, Any] | None:
+    """bitsandbytes quantizes on the way to a device and must be told which; everything else is placed by the Trainer."""
+    if plan.quantization == "none":
+        return None
+    return {"": torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"}
+
+
+def _check_targets(plan: ModelPlan, config: Any, target_modules: tuple[str, ...]) -> None:
+    """Every name must meet a layer: PEFT ignores a misspelt name as long as another one matches."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=plan.trust_remote_code)
+    linear = [name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)]
+    missing = [target for target in target_modules if not any(name == target or name.endswith(f".{target}") for name in linear)]
+    if missing:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise UsageError(f"--target_modules: {plan.path} has no linear layer {', '.join(missing)}. It has {', '.join(known)}")
+
+
+@contextmanager
+def _named(plan: ModelPlan, what: str) -> Iterator[None]:
+    """Turns what transformers raises for a wrong name or a broken file into one message."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = str(error)
+        if (
+            "is not a local folder" in text
+            or "not a valid model identifier" in text
+            or "couldn't connect" in text
+            or "outgoing traffic" in text
+        ):
+            raise UsageError(
+                f"--base_model={plan.path}: no such folder here, and the Hub could not give it ({first}). Check the name, "
+                "log in for a gated model (hf auth login), or download it first and give the folder"
+            ) from error
+        raise BackendError(f"--base_model={plan.path}: transformers cannot load its {what}: {first}") from error

@@ -1,0 +1,307 @@
+"""Config: every flag once, with its name, type, default and one line of help; text or values in, one checked value out."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surefoot import compat
+from surefoot.errors import UsageError, joined
+
+TRUE_WORDS, FALSE_WORDS = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+PEFT_INITS = ("gaussian", "pissa", "olora", "eva", "loftq", "orthogonal")
+
+
+def _flag(default: Any, group: str, doc: str, *, choices: tuple[Any, ...] = (), low: float | None = None) -> Any:
+    return field(default=default, metadata={"group": group, "doc": doc, "choices": choices, "low": low})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the user asked for, nothing decided yet. None means "not given: the plan chooses and says why"."""
+
+    base_model: str = _flag("", "model", "Hugging Face model id, or a local folder")
+    local_dir: str | None = _flag(None, "model", "a local copy of base_model, used when it holds config.json")
+    revision: str | None = _flag(None, "model", "branch, tag or commit of a model id")
+    trust_remote_code: bool = _flag(False, "model", "run the Python code that comes with the model")
+    load_4bit: bool = _flag(False, "model", "QLoRA/QDoRA: frozen weights in NF4 with double quantization (bitsandbytes)")
+    load_8bit: bool = _flag(False, "model", "frozen weights in int8 (bitsandbytes)")
+    backend: str = _flag("auto", "model", "who loads the model", choices=("auto", "hf", "bnb", "unsloth"))
+    strict_backend: bool = _flag(False, "model", "fail instead of falling back to another backend")
+
+    adapter_name: str = _flag("lora", "adapter", "what is trained", choices=("lora", "dora", "rslora", "full"))
+    lora_r: int = _flag(8, "adapter", "rank", low=1)
+    lora_alpha: float = _flag(16.0, "adapter", "scale numerator: alpha / r, with rslora alpha / sqrt(r)", low=1e-6)
+    lora_dropout: float = _flag(0.05, "adapter", "dropout on the adapter's input; DoRA is faster at 0", low=0.0)
+    use_rslora: bool = _flag(False, "adapter", "scale by sqrt(r), also with dora")
+    target_modules: tuple[str, ...] | None = _flag(None, "adapter", "layer names to adapt; default: every linear layer but the head")
+    init_lora_weights: bool | str = _flag(
+        True, "adapter", f"True, False, or PEFT's {', '.join(PEFT_INITS)}, pissa_niter_N", choices=(*PEFT_INITS, "pissa_niter_N")
+    )
+
+    data_path: tuple[str, ...] = _flag(
+        ("yahma/alpaca-cleaned",), "data", "files (json, jsonl, csv, parquet; plain or .gz), or a Hub data set id"
+    )
+    data_split: str = _flag("train", "data", "split of a Hub data set")
+    val_data_path: tuple[str, ...] | None = _flag(None, "data", "evaluate on these files instead of a split of data_path")
+    val_set_size: int | float = _flag(2000, "data", "rows (or a fraction) held out for evaluation; 0: none", low=0)
+    cutoff_len: int = _flag(256, "data", "longest row in tokens", low=8)
+    overlong: str = _flag("drop", "data", "what a row over cutoff_len suffers", choices=("drop", "truncate_prompt", "error"))
+    prompt_style: str = _flag("auto", "data", "auto, alpaca, alpaca_indented, chat, or a Jinja file")
+    text_field: str = _flag("text", "data", "column of plain-text rows")
+    train_on_inputs: bool = _flag(False, "data", "train on the prompt too (the older scripts' default)")
+    group_by_length: bool = _flag(False, "data", "batch rows of like length: less padding")
+    dataloader_num_workers: int = _flag(0, "data", "processes that collate batches", low=0)
+
+    batch_size: int = _flag(128, "training", "rows per optimizer step, over all processes and accumulation", low=1)
+    per_device_train_batch_size: int = _flag(4, "training", "rows per forward pass of a process", low=1)
+    per_device_eval_batch_size: int | None = _flag(None, "training", "default: as in training", low=1)
+    gradient_accumulation_steps: int | None = _flag(None, "training", "default: batch_size / (per device x processes)", low=1)
+    num_epochs: float = _flag(3.0, "training", "passes over the data", low=0.0)
+    max_steps: int = _flag(-1, "training", "stop after this many optimizer steps; -1: num_epochs decides", low=-1)
+    learning_rate: float = _flag(3e-4, "training", "peak learning rate", low=0.0)
+    lr_scheduler_type: str = _flag(
+        "cosine", "training", "learning-rate schedule", choices=("cosine", "linear", "constant", "constant_with_warmup")
+    )
+    warmup_steps: int | None = _flag(None, "training", "warm-up in steps", low=0)
+    warmup_ratio: float | None = _flag(None, "training", "warm-up as a fraction of all steps; default 0.06", low=0.0)
+    weight_decay: float = _flag(
+        0.01, "training", "AdamW decay of LoRA's A and B or of the weights; never magnitudes, norms, biases", low=0.0
+    )
+    max_grad_norm: float = _flag(1.0, "training", "clip the gradient's norm; 0: no clipping", low=0.0)
+    optim: str = _flag(
+        "auto", "training", "optimizer", choices=("auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit")
+    )
+    seed: int = _flag(42, "training", "of the split, the order, the adapter and dropout", low=0)
+
+    bf16: bool | None = _flag(None, "precision and speed", "bf16 autocast over fp32 master weights; default: where the hardware has it")
+    fp16: bool | None = _flag(None, "precision and speed", "fp16 autocast with loss scaling; default: GPUs without bf16")
+    stage: int = _flag(1, "precision and speed", "1 eager, 2 fused attention, 3 fused attention and compile", choices=(1, 2, 3))
+    attn_implementation: str | None = _flag(
+        None, "precision and speed", "default: the stage's (1: eager)", choices=("eager", "sdpa", "flash_attention_2")
+    )
+    disable_cudnn_sdpa: bool | None = _flag(
+        None, "precision and speed", "no cuDNN kernels in sdpa attention; default: the stage's (1: True)"
+    )
+    disable_flash_sdpa: bool = _flag(False, "precision and speed", "no flash kernels in sdpa attention")
+    enable_torch_compile: bool | None = _flag(None, "precision and speed", "compile each decoder layer; default: the stage's (1: False)")
+    use_gradient_checkpointing: bool | str = _flag(
+        False, "precision and speed", "recompute activations: less memory, about a third more time", choices=("unsloth",)
+    )
+    deterministic: bool = _flag(False, "precision and speed", "deterministic kernels only; slower")
+    debug: bool = _flag(False, "precision and speed", "synchronous kernels and device-side assertions; much slower")
+
+    output_dir: str = _flag("./output", "run folder", "adapter, tokenizer, checkpoints and records go here")
+    overwrite: bool = _flag(False, "run folder", "remove the earlier run in output_dir")
+    resume: bool = _flag(False, "run folder", "continue from the newest checkpoint in output_dir, if there is one")
+    resume_from_checkpoint: bool | str | None = _flag(None, "run folder", "a checkpoint folder to continue from, or True")
+    eval_strategy: str = _flag("steps", "run folder", "when to evaluate", choices=("no", "steps", "epoch"))
+    eval_step: int = _flag(200, "run folder", "evaluate every so many steps", low=1)
+    save_strategy: str = _flag("steps", "run folder", "when to save a checkpoint", choices=("no", "steps", "epoch"))
+    save_step: int = _flag(200, "run folder", "save every so many steps", low=1)
+    save_total_limit: int | None = _flag(3, "run folder", "checkpoints kept", low=1)
+    load_best_model_at_end: bool | None = _flag(None, "run folder", "end with the lowest eval_loss; default: when steps allow it")
+
+    logging_steps: int = _flag(10, "logging", "log every so many steps", low=1)
+    report_to: tuple[str, ...] | None = _flag(
+        None,
+        "logging",
+        "tensorboard (default), wandb, trackio, mlflow, none",
+        choices=("tensorboard", "wandb", "trackio", "mlflow", "none"),
+    )
+    run_name: str | None = _flag(None, "logging", "name shown by the trackers")
+    wandb_project: str | None = _flag(None, "logging", "W&B project; giving it adds wandb to report_to")
+    wandb_watch: str | None = _flag(None, "logging", "W&B: false, gradients, all", choices=("false", "gradients", "all"))
+    wandb_log_model: str | None = _flag(None, "logging", "W&B: false, end, checkpoint", choices=("false", "end", "checkpoint"))
+    wandb_online: bool = _flag(True, "logging", "False: W&B writes to disk only")
+
+    config: str | None = _flag(None, "this program", "YAML file with these names, flat or in groups; flags win over it")
+    dry_run: bool = _flag(False, "this program", "print the plan and stop")
+    plan_json: bool = _flag(False, "this program", "print the plan as JSON")
+
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, metadata={"flag": False})
+    notes: tuple[str, ...] = field(default=(), compare=False, metadata={"flag": False})
+
+    def given(self, name: str) -> bool:
+        """True when a flag or the run file set it."""
+        return name in self.sources
+
+    def source(self, name: str) -> str:
+        """`flag`, `file PATH` or `default`."""
+        return self.sources.get(name, "default")
+
+    @classmethod
+    def parse(cls, flags: Mapping[str, Any], *, file_values: Mapping[str, Any] | None = None, extra: Iterable[str] = ()) -> Config:
+        """Text (from a command line) or values (from Python or YAML) to a Config; flags win over file_values.
+
+        Raises:
+            UsageError: names every problem of every flag, those in `extra` first.
+        """
+        problems, notes = list(extra), list[str]()
+        values: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        asked_file = str(flags.get("config", ""))
+        for source, given in ((f"file {asked_file}", file_values or {}), ("flag", flags)):
+            seen: dict[str, str] = {}
+            for typed, raw in given.items():
+                name = _resolve(typed, raw, problems, notes)
+                if name is None:
+                    continue
+                if name in seen and raw != given[seen[name]]:
+                    problems.append(f"--{typed}={raw} and --{seen[name]}={given[seen[name]]} are the same flag. Give one of them")
+                seen[name] = typed
+                try:
+                    values[name] = convert(FLAGS[name], raw)
+                    sources[name] = source
+                except UsageError as error:
+                    problems.append(str(error))
+        if not values.get("base_model") and not any("base_model" in problem for problem in problems):
+            problems.append("--base_model is missing: a Hugging Face model id or a local folder")
+        if problems:
+            raise UsageError(joined(problems))
+        return cls(**values, sources=types.MappingProxyType(sources), notes=tuple(notes))
+
+
+def _fields() -> dict[str, dataclasses.Field[Any]]:
+    hints = typing.get_type_hints(Config)
+    flags = {f.name: f for f in dataclasses.fields(Config) if f.metadata.get("flag", True)}
+    for f in flags.values():
+        f.type = hints[f.name]
+    return flags
+
+
+FLAGS: Mapping[str, dataclasses.Field[Any]] = _fields()
+
+
+def canonical(typed: str) -> str:
+    """The flag's own name for an older name or one with hyphens; unknown names come back unchanged."""
+    name = typed if typed in FLAGS or typed in compat.RETIRED else typed.replace("-", "_")
+    return compat.ALIASES.get(name, name)
+
+
+def kinds(flag: dataclasses.Field[Any]) -> tuple[Any, ...]:
+    """The types a flag takes, None left out: (bool,), (int, float), (tuple[str, ...],) ..."""
+    if typing.get_origin(flag.type) in (typing.Union, types.UnionType):
+        return tuple(kind for kind in typing.get_args(flag.type) if kind is not type(None))
+    return (flag.type,)
+
+
+def takes_list(name: str) -> bool:
+    return name in FLAGS and any(typing.get_origin(kind) is tuple for kind in kinds(FLAGS[name]))
+
+
+def takes_bool(name: str) -> bool:
+    return name in FLAGS and bool in kinds(FLAGS[name])
+
+
+def bool_word(raw: Any) -> bool | None:
+    """True or False for a word that says so, else None."""
+    if isinstance(raw, bool):
+        return raw
+    word = str(raw).strip().lower()
+    return True if word in TRUE_WORDS else False if word in FALSE_WORDS else None
+
+
+def _resolve(typed: str, raw: Any, problems: list[str], notes: list[str]) -> str | None:
+    name = canonical(typed)
+    if name in FLAGS:
+        return name
+    if name in compat.RETIRED:
+        harmless, reason = compat.RETIRED[name]
+        if any(_same(raw, value) for value in harmless):
+            notes.append(f"--{typed}={raw} has no effect here and is ignored ({reason})")
+        else:
+            problems.append(f"--{typed}={raw} is not supported: {reason}")
+        return None
+    close = difflib.get_close_matches(name, [*FLAGS, *compat.ALIASES], n=1)
+    hint = f"Did you mean --{close[0]}?" if close else "See --help"
+    problems.append(f"--{typed} is not a flag. {hint}")
+    return None
+
+
+def _same(raw: Any, value: Any) -> bool:
+    return raw == value or str(raw).lower() == str(value).lower()
+
+
+def convert(flag: dataclasses.Field[Any], raw: Any) -> Any:
+    """One raw value to the flag's type, checked against its choices and its lower bound.
+
+    Raises:
+        UsageError: flag, value given, rule.
+    """
+    optional = type(None) in typing.get_args(flag.type)
+    if optional and (raw is None or (isinstance(raw, str) and raw.strip().lower() in ("", "none", "null"))):
+        return None
+    for kind in kinds(flag):
+        value = _as(kind, raw)
+        if value is not None:
+            _check(flag, value)
+            return value
+    wanted = " or ".join(_KIND_WORDS.get(kind, "a list of words") for kind in kinds(flag))
+    raise UsageError(f"--{flag.name}={raw} must be {wanted}")
+
+
+_KIND_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+def _as(kind: Any, raw: Any) -> Any:
+    if kind is bool:
+        return bool_word(raw)
+    if kind is str:
+        return raw if isinstance(raw, str) else str(raw) if isinstance(raw, Path) else None
+    if kind in (int, float):
+        return _as_number(kind, raw)
+    return _as_words(raw)
+
+
+def _as_number(kind: type, raw: Any) -> int | float | None:
+    if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
+        return None
+    try:
+        number = float(raw)
+    except ValueError:
+        return None
+    if number != number or number in (float("inf"), float("-inf")):
+        return None
+    if kind is int:
+        return int(number) if number.is_integer() else None
+    return number
+
+
+def _as_words(raw: Any) -> tuple[str, ...] | None:
+    if isinstance(raw, str):
+        text = raw.strip()
+        if text.startswith(("[", "(")):
+            try:
+                return _as_words(ast.literal_eval(text))
+            except (ValueError, SyntaxError):
+                text = text.strip("[]()")
+        words = [word.strip().strip("'\"") for word in text.split(",")]
+        return tuple(words) if all(words) else None
+    if isinstance(raw, (list, tuple)) and raw and all(isinstance(word, (str, Path)) and str(word) for word in raw):
+        return tuple(str(word) for word in raw)
+    return None
+
+
+def _check(flag: dataclasses.Field[Any], value: Any) -> None:
+    low, choices = flag.metadata["low"], flag.metadata["choices"]
+    if low is not None and value < low:
+        raise UsageError(f"--{flag.name}={value} is too small: the least is {low:g}")
+    if not choices or (isinstance(value, bool) and bool in kinds(flag)):
+        return
+    for item in value if isinstance(value, tuple) else (value,):
+        if flag.name == "adapter_name" and item in compat.RETIRED_ADAPTERS:
+            raise UsageError(f"--adapter_name={item} is not supported: {compat.RETIRED_ADAPTERS[item]}")
+        if flag.name == "init_lora_weights" and item.startswith("pissa_niter_") and item[12:].isdigit():
+            continue
+        if item not in choices:
+            close = difflib.get_close_matches(str(item), [str(choice) for choice in choices], n=1)
+            hint = f". Did you mean {close[0]}?" if close else ""
+            raise UsageError(f"--{flag.name}={item} is not one of {', '.join(str(choice) for choice in choices)}{hint}")

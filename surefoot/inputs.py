@@ -1,0 +1,155 @@
+"""Inputs and inspect(): what lies at the paths the user named. The only reader of files before the plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surefoot.config import Config
+
+DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
+HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """What output_dir holds now. status is absent, empty, foreign, unfinished or finished."""
+
+    status: str
+    checkpoints: tuple[str, ...] = ()
+    stamp: dict[str, Any] | None = None
+    clash: str | None = None
+    is_writable: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Facts about the named paths; `problems` are the ones no plan can cure."""
+
+    model_path: str
+    model_config: dict[str, Any] | None
+    run_folder: RunFolder
+    resume_stamp: dict[str, Any] | None
+    problems: tuple[str, ...]
+
+
+def inspect(config: Config) -> Inputs:
+    """Looks at base_model, the data files, the prompt file and output_dir; of their contents it reads only the JSON records."""
+    problems: list[str] = []
+    model_path = config.base_model
+    if config.local_dir and (Path(config.local_dir) / "config.json").is_file():
+        model_path = config.local_dir
+    model_config = _model_config(model_path, problems)
+    for name in ("data_path", "val_data_path"):
+        for path in getattr(config, name) or ():
+            _check_data(name, path, problems)
+    _check_prompt(config.prompt_style, problems)
+    folder = _run_folder(Path(config.output_dir), problems)
+    stamp = folder.stamp
+    if isinstance(config.resume_from_checkpoint, str):
+        checkpoint = Path(config.resume_from_checkpoint)
+        _check_checkpoint(checkpoint, problems)
+        content = _json(checkpoint.parent / "backend.json")
+        stamp = content if isinstance(content, dict) else None
+    return Inputs(model_path=model_path, model_config=model_config, run_folder=folder, resume_stamp=stamp, problems=tuple(problems))
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or os.path.exists(path) or not HUB_ID.match(path)
+
+
+def _model_config(path: str, problems: list[str]) -> dict[str, Any] | None:
+    if not _looks_local(path):
+        return None
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "does not exist"
+        problems.append(f"--base_model={path} {what}: give a folder with config.json, or a Hugging Face id such as meta-llama/Llama-3.1-8B")
+        return None
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        problems.append(
+            f"--base_model={path} is an adapter, not a model: give its base model, and --resume_from_checkpoint to train it further"
+        )
+        return None
+    content = _json(folder / "config.json")
+    if not isinstance(content, dict):
+        state = "has no config.json" if content is None else f"has a config.json that is not valid JSON ({content})"
+        problems.append(f"--base_model={path} {state}: it is not a model folder")
+        return None
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        problems.append(f"--base_model={path} holds config.json but no weights (*.safetensors)")
+    for weights in folder.glob("*.safetensors"):
+        if weights.stat().st_size == 0:
+            problems.append(f"--base_model={path}: {weights.name} is empty (0 bytes): copy or download it again")
+    return content
+
+
+def _json(path: Path) -> Any:
+    """The parsed file, None when it is missing, or the parser's complaint as text."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def _check_data(flag: str, path: str, problems: list[str]) -> None:
+    file = Path(path)
+    ending = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+    if file.is_dir():
+        found = sorted(child.name for child in file.iterdir() if child.name.endswith((*DATA_ENDINGS, ".gz")))
+        hint = f"name its files: {', '.join(found[:4])}" if found else "it holds no json, jsonl, csv or parquet file"
+        problems.append(f"--{flag}={path} is a folder: {hint}")
+    elif file.is_file():
+        if ending.lower() not in DATA_ENDINGS:
+            problems.append(f"--{flag}={path}: unknown ending {ending or '(none)'}. Known: {', '.join(DATA_ENDINGS)}, each also with .gz")
+        elif file.stat().st_size == 0:
+            problems.append(f"--{flag}={path} is empty (0 bytes)")
+        elif not os.access(file, os.R_OK):
+            problems.append(f"--{flag}={path} cannot be read: no permission")
+    elif _looks_local(path) or ending.lower() in DATA_ENDINGS:
+        problems.append(f"--{flag}={path} does not exist (looked in {Path.cwd()})")
+
+
+def _check_prompt(style: str, problems: list[str]) -> None:
+    if style in ("auto", "alpaca", "alpaca_indented", "chat") or Path(style).is_file():
+        return
+    problems.append(f"--prompt_style={style} is neither auto, alpaca, alpaca_indented, chat, nor a Jinja file that exists")
+
+
+def _check_checkpoint(folder: Path, problems: list[str]) -> None:
+    if not (folder / "trainer_state.json").is_file():
+        problems.append(f"--resume_from_checkpoint={folder} is not a checkpoint: it has no trainer_state.json")
+
+
+def _run_folder(folder: Path, problems: list[str]) -> RunFolder:
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not parent.is_dir():
+        problems.append(f"--output_dir={folder}: {parent} is a file")
+        return RunFolder(status="foreign", is_writable=False)
+    if not os.access(parent, os.W_OK):
+        problems.append(f"--output_dir={folder} cannot be written: no permission in {parent}")
+    if not folder.is_dir():
+        return RunFolder(status="absent")
+    checkpoints = sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
+    record, stamp = _json(folder / "run.json"), _json(folder / "backend.json")
+    for name, content in (("run.json", record), ("backend.json", stamp)):
+        if content is not None and not isinstance(content, dict):
+            problems.append(f"{folder / name} is damaged ({content}): mend or remove it, or give another --output_dir")
+    if isinstance(record, dict):
+        status = "finished" if record.get("status") == "done" else "unfinished"
+    else:
+        status = "foreign" if any(folder.iterdir()) else "empty"
+    ours = ("adapter_model.safetensors", "adapter_config.json", "config.json", "model.safetensors", "checkpoint-*")
+    clash = next((hit.name for name in ours for hit in folder.glob(name)), None)
+    return RunFolder(
+        status=status,
+        checkpoints=tuple(str(checkpoint) for checkpoint in checkpoints),
+        stamp=stamp if isinstance(stamp, dict) else None,
+        clash=clash,
+    )

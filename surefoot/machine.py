@@ -1,0 +1,123 @@
+"""Machine and probe(): GPUs, memory, versions, processes and their engine. The only reader of hardware and environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "bitsandbytes", "deepspeed",
+    "flash-attn", "liger-kernel", "triton", "unsloth", "trl", "tensorboard", "wandb", "trackio", "mlflow", "fire",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    name: str
+    memory_gib: float
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What this process can see. `engine` is single, ddp, deepspeed or fsdp, as the launcher's environment names it."""
+
+    hostname: str
+    python: str
+    cpu_count: int
+    memory_gib: float
+    gpus: tuple[Gpu, ...]
+    versions: dict[str, str]
+    cuda: str | None = None
+    cudnn: str | None = None
+    world_size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    engine: str = "single"
+    zero_stage: int | None = None
+    launcher_precision: str = "no"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU of this process, None on a CPU."""
+        return self.gpus[self.local_rank % len(self.gpus)] if self.gpus else None
+
+    def has(self, package: str) -> bool:
+        return package in self.versions
+
+
+def probe() -> Machine:
+    """Reads the machine. Imports torch only where a GPU may be, so that a CPU machine answers in milliseconds."""
+    gpus, cuda, cudnn = _gpus() if _may_have_gpu() else ((), None, None)
+    env = os.environ
+    return Machine(
+        hostname=socket.gethostname(),
+        python=platform.python_version(),
+        cpu_count=len(os.sched_getaffinity(0)),
+        memory_gib=_memory_gib(),
+        gpus=gpus,
+        versions=_versions(),
+        cuda=cuda,
+        cudnn=cudnn,
+        world_size=int(env.get("WORLD_SIZE", "1")),
+        rank=int(env.get("RANK", "0")),
+        local_rank=int(env.get("LOCAL_RANK", "0")),
+        engine=_engine(),
+        zero_stage=_number(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")),
+        launcher_precision=env.get("ACCELERATE_MIXED_PRECISION", "no"),
+    )
+
+
+def _may_have_gpu() -> bool:
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _gpus() -> tuple[tuple[Gpu, ...], str | None, str | None]:
+    try:
+        import torch
+    except ImportError:
+        return (), None, None
+    if not torch.cuda.is_available():
+        return (), torch.version.cuda, None
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = tuple(Gpu(name=p.name, memory_gib=round(p.total_memory / 2**30, 1), capability=(p.major, p.minor)) for p in found)
+    number = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+    return gpus, torch.version.cuda, f"{number // 10000}.{number % 10000 // 100}.{number % 100}"
+
+
+def _engine() -> str:
+    env = os.environ
+    if env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return "deepspeed"
+    if env.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "fsdp"
+    return "ddp" if int(env.get("WORLD_SIZE", "1")) > 1 else "single"
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _memory_gib() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isdigit() else None

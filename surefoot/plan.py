@@ -1,0 +1,183 @@
+"""Plan: everything decided, each choice with its reason. make_plan() is pure, so that every rank makes the same plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from surefoot import decide
+from surefoot.config import FLAGS, Config
+from surefoot.decide import Choice
+from surefoot.errors import BackendError, PlanError, joined
+from surefoot.inputs import Inputs
+from surefoot.machine import Machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """How the base model is loaded. quantization is none, nf4 or int8; compute_dtype names the dtype of the quantized products."""
+
+    path: str
+    revision: str | None
+    trust_remote_code: bool
+    attn_implementation: str
+    quantization: str
+    compute_dtype: str
+    enable_torch_compile: bool
+    use_gradient_checkpointing: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlan:
+    """What is trained. method is lora, dora or full; target_modules None means every linear layer but the head."""
+
+    method: str
+    use_rslora: bool
+    lora_r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: tuple[str, ...] | None
+    init_lora_weights: bool | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPlan:
+    """Which rows are read, how they become tokens, and which tokens are trained on."""
+
+    data_path: tuple[str, ...]
+    data_split: str
+    val_data_path: tuple[str, ...] | None
+    val_set_size: int | float  # rows, or a fraction below 1
+    val_set_size_is_default: bool
+    cutoff_len: int
+    overlong: str
+    prompt_style: str
+    text_field: str
+    train_on_inputs: bool
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """The optimizer's side. warmup below 1 is a fraction of all steps, else steps."""
+
+    batch_size: int
+    per_device_train_batch_size: int
+    per_device_eval_batch_size: int
+    gradient_accumulation_steps: int
+    num_epochs: float
+    max_steps: int
+    learning_rate: float
+    lr_scheduler_type: str
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    optim: str
+    precision: str
+    group_by_length: bool
+    dataloader_num_workers: int
+    eval_strategy: str
+    eval_step: int
+    save_strategy: str
+    save_step: int
+    save_total_limit: int | None
+    load_best_model_at_end: bool
+    logging_steps: int
+    report_to: tuple[str, ...]
+    run_name: str | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessPlan:
+    """Process-wide state that runtime.apply() writes."""
+
+    seed: int
+    deterministic: bool
+    disable_cudnn_sdpa: bool
+    disable_flash_sdpa: bool
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputPlan:
+    folder: str
+    clears_earlier_run: bool
+    resume_from: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    backend: str
+    model: ModelPlan
+    adapter: AdapterPlan
+    data: DataPlan
+    train: TrainPlan
+    process: ProcessPlan
+    output: OutputPlan
+    machine: Machine
+    choices: tuple[Choice, ...]
+    notes: tuple[str, ...]
+
+    def stamp(self) -> dict[str, Any]:
+        """What a resumed run must share with the run it continues (backend.json)."""
+        return decide.stamp(self)
+
+
+T = TypeVar("T")
+
+
+def _pick(kind: type[T], config: Config, **decided: Any) -> T:
+    """A `kind` from what was decided; its other fields are the config's fields of the same name."""
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    same = {name: getattr(config, name) for name in names & FLAGS.keys()}
+    return kind(**{**same, **{name: value for name, value in decided.items() if name in names}})
+
+
+def make_plan(config: Config, machine: Machine, inputs: Inputs) -> Plan:
+    """All cross-field rules and every automatic choice.
+
+    Raises:
+        PlanError: every contradiction and every wrong path at once, each with its way out.
+        BackendError: --strict_backend and the backend asked for cannot run.
+    """
+    desk = decide.Desk(config=config, machine=machine, inputs=inputs, problems=list(inputs.problems), notes=list(config.notes))
+    decided = desk.all()
+    choices = tuple(decided.values()) + tuple(
+        Choice(name, getattr(config, name), config.source(name), "")
+        for name in FLAGS
+        if name not in decided and name not in decide.NOT_SETTINGS
+    )
+    if desk.problems:
+        raise PlanError(joined(desk.problems))
+    if desk.obstacle and config.strict_backend:
+        raise BackendError(f"--backend={config.backend} --strict_backend: {desk.obstacle}. Without --strict_backend the run falls back")
+    values = {name: choice.value for name, choice in decided.items()}
+    plan = Plan(
+        backend=values["backend"],
+        model=_pick(ModelPlan, config, path=inputs.model_path, **values),
+        adapter=_pick(AdapterPlan, config, **values),
+        data=_pick(DataPlan, config, val_set_size_is_default=not config.given("val_set_size")),
+        train=_pick(TrainPlan, config, **values),
+        process=_pick(ProcessPlan, config, **values),
+        output=OutputPlan(folder=config.output_dir, clears_earlier_run=config.overwrite, resume_from=values["resume_from"]),
+        machine=machine,
+        choices=choices,
+        notes=tuple(desk.notes),
+    )
+    _check_stamp(plan, inputs)
+    return plan
+
+
+def _check_stamp(plan: Plan, inputs: Inputs) -> None:
+    """A resumed run must be the same training: same base, backend, dtypes, quantization, adapter, processes."""
+    before, now = inputs.resume_stamp, plan.stamp()
+    if plan.output.resume_from is None or before is None:
+        return
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    if changed:
+        raise PlanError(
+            f"cannot continue {plan.output.resume_from}: it was made under other settings ({'; '.join(changed)}). "
+            "Give the same settings again, or start a new run with another --output_dir"
+        )

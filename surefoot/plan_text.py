@@ -1,0 +1,80 @@
+"""The plan for people (a table of choice, value, source, reason) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from typing import Any
+
+from surefoot.decide import Choice
+from surefoot.plan import Plan
+
+HEADINGS = ("choice", "value", "source", "reason")
+
+
+def table(plan: Plan, *, all_rows: bool, width: int = 120) -> str:
+    """The plan as aligned text. Without all_rows, values left at their default with nothing to say are counted, not printed."""
+    shown = [choice for choice in plan.choices if all_rows or choice.source != "default" or choice.reason]
+    rows = [(choice.name, _text(choice), choice.source, choice.reason) for choice in shown]
+    widths = [max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(3)]
+    widths[1] = min(widths[1], 44)
+    lines = [_machine_line(plan)]
+    for row in (HEADINGS, *rows):
+        lines += _row(row, widths, width)
+    if len(shown) < len(plan.choices):
+        lines.append(f"{len(plan.choices) - len(shown)} more at their defaults: --dry_run prints them")
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def as_json(plan: Plan) -> str:
+    return json.dumps(as_record(plan), indent=2)
+
+
+def as_record(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values, for run.json."""
+    parts = ("model", "adapter", "data", "train", "process", "output", "machine")
+    return {
+        "backend": plan.backend,
+        **{part: dataclasses.asdict(getattr(plan, part)) for part in parts},
+        "choices": [choice._asdict() for choice in plan.choices],
+        "notes": list(plan.notes),
+    }
+
+
+def _machine_line(plan: Plan) -> str:
+    m = plan.machine
+    gpus = f"{len(m.gpus)} x {m.gpus[0].name} ({m.gpus[0].memory_gib:.0f} GiB)" if m.gpus else f"no GPU, {m.cpu_count} CPU cores"
+    stack = ", ".join(f"{name} {m.versions[name]}" for name in ("torch", "transformers", "peft") if m.has(name))
+    return f"{m.hostname}: {gpus}; {m.world_size} process{'es' if m.world_size > 1 else ''} ({m.engine}); {stack}"
+
+
+def _text(choice: Choice) -> str:
+    value = choice.value
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items()) or "-"
+    if isinstance(value, tuple):
+        return " ".join(str(item) for item in value) or "none"
+    return str(value)
+
+
+def _row(row: tuple[str, ...], widths: list[int], width: int) -> list[str]:
+    """One row; a long value or reason wraps inside its own column."""
+    values = textwrap.wrap(row[1], widths[1]) or [""]
+    room = max(30, width - sum(widths) - 6)
+    reasons = textwrap.wrap(row[3], room) or [""]
+    lines = []
+    for index in range(max(len(values), len(reasons))):
+        cells = (
+            row[0] if index == 0 else "",
+            values[index] if index < len(values) else "",
+            row[2] if index == 0 else "",
+        )
+        reason = reasons[index] if index < len(reasons) else ""
+        lines.append(("  ".join(f"{cell:<{size}}" for cell, size in zip(cells, widths, strict=True)) + "  " + reason).rstrip())
+    return lines

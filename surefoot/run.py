@@ -1,0 +1,62 @@
+"""The story of a run: probe, plan, apply, load, data, train, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from surefoot import inputs, machine, plan_text, runtime
+from surefoot.config import Config
+from surefoot.plan import Plan, make_plan
+
+
+def run(config: Config) -> Path:
+    """Carries the config out and returns the run folder, which then holds the adapter, the tokenizer and the records.
+
+    Raises:
+        SurefootError: the one message for the user; its subclass carries the exit code.
+    """
+    if config.debug:
+        runtime.debug_switches()
+    here = machine.probe()
+    plan = make_plan(config, here, inputs.inspect(config))
+    if here.is_main:
+        print(plan_text.as_json(plan) if config.plan_json else plan_text.table(plan, all_rows=config.dry_run), flush=True)
+    if not config.dry_run:
+        carry_out(plan, say=print_now if here.is_main else silent)
+    return Path(plan.output.folder)
+
+
+def carry_out(plan: Plan, *, say: Any) -> None:
+    """Everything that needs torch, in order. The run folder is touched only once rows and model are good."""
+    from surefoot import adapters, artifacts, tokens
+    from surefoot.backends import hf
+    from surefoot.data import prepare, rows
+    from surefoot.training import trainer
+
+    runtime.apply(plan.process)
+    tokenizer = hf.load_tokenizer(plan.model)
+    pad = tokens.settle(tokenizer)
+    say(f"PAD: {pad.token} (id {pad.token_id}), {pad.reason}")
+    data = prepare.prepare(plan.data, tokenizer)
+    say("\n".join(data.report.lines()))
+    model = hf.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)
+    model = adapters.attach(model, plan.adapter, plan.process.seed)
+    say(adapters.describe(model))
+    if plan.model.enable_torch_compile:
+        say(f"torch.compile: {adapters.compile_layers(model)} decoder layers, compiled at their first step")
+    with artifacts.opened(plan) as folder:
+        folder.note(pad=pad._asdict())
+        folder.note_data(data.report.as_record())
+        summary = trainer.train(plan, model, tokenizer, data, rows.Collator(pad_token_id=pad.token_id))
+        folder.save(model, tokenizer)
+        folder.note(summary=summary)
+    say(trainer.summary_line(summary, plan.output.folder))
+
+
+def print_now(text: str) -> None:
+    print(text, flush=True)
+
+
+def silent(text: str) -> None:
+    """What the other ranks say."""

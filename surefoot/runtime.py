@@ -1,0 +1,30 @@
+"""The only writer of process-wide state: environment, SDPA switches, determinism, seeds."""
+
+from __future__ import annotations
+
+import os
+
+from surefoot.plan import ProcessPlan
+
+
+def debug_switches() -> None:
+    """CUDA reads these when it starts, so they are set before the machine is probed. They serialise every kernel: --debug only."""
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
+    os.environ["TORCH_USE_CUDA_DSA"] = "1"
+
+
+def apply(plan: ProcessPlan) -> None:
+    """Sets what the plan decided, before a model is loaded."""
+    os.environ.update(plan.environment)
+    # tokenizers (Rust) forks badly after its threads have started; its own warning names this variable
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    torch.backends.cuda.enable_cudnn_sdp(not plan.disable_cudnn_sdpa)
+    torch.backends.cuda.enable_flash_sdp(not plan.disable_flash_sdpa)
+    if plan.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    transformers.set_seed(plan.seed)

@@ -1,0 +1,156 @@
+"""What a log line holds: loss, grad_norm, learning rate, real tokens/s, MFU, peak memory, time left; and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+# Dense bf16 (fp16 for Volta and Turing) tensor-core peak in TFLOP/s, from NVIDIA's data sheets, without sparsity.
+PEAK_TFLOPS = {
+    "B200": 2250.0, "H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
+    "A10": 125.0, "A6000": 155.0, "RTX 4090": 165.0, "RTX 3090": 71.0, "V100": 125.0, "T4": 65.0,
+}  # fmt: skip
+
+
+def peak_tflops(gpu_name: str | None) -> float | None:
+    """The GPU's dense 16-bit peak in TFLOP/s, None where it is not known."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if gpu_name and name in gpu_name), None)
+
+
+def flops_per_token(model: Any) -> float:
+    """Training FLOPs of a token's matrix products, recompute not counted (so MFU, not HFU); attention scores are left out.
+
+    A frozen weight costs 4 (forward 2, gradient of its input 2), a trained one 6; an input embedding is a lookup and costs nothing.
+    """
+    embedding = model.get_input_embeddings().weight
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if (parameter is embedding and not is_tied) or parameter.ndim < 2:
+            continue
+        # a 4-bit tensor packs two weights into a byte
+        count = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+        total += count * (6 if parameter.requires_grad or "lora_" in name else 4)
+    return total
+
+
+def peak_memory_gib() -> float:
+    """The peak so far: of the GPU's allocator, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Meter:
+    """Counts real tokens (padding left out) and wall time between log lines, evaluation and saving left out."""
+
+    def __init__(self, model: Any, gpu_name: str | None, processes: int) -> None:
+        self.flops_per_token = flops_per_token(model)
+        self.peak = peak_tflops(gpu_name)
+        self.processes = processes
+        self.tokens = 0
+        self.total_tokens = 0
+        self.seconds = 0.0
+        self.steps = 0
+        self._resumed_at: float | None = None
+
+    def start(self) -> None:
+        self._resumed_at = time.perf_counter()
+
+    def pause(self) -> None:
+        if self._resumed_at is not None:
+            self.seconds += time.perf_counter() - self._resumed_at
+            self._resumed_at = None
+
+    def count(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.total_tokens += tokens
+
+    def take(self, steps_left: int) -> dict[str, float]:
+        """The figures since the last call; tokens_per_s is over all processes (taken as equally busy), mfu a fraction of one GPU's peak."""
+        if self._resumed_at is not None:
+            self.pause()
+            self.start()
+        if not self.steps or not self.seconds:
+            return {}
+        rate = self.tokens / self.seconds
+        figures = {"tokens_per_s": rate * self.processes, "peak_memory_gib": peak_memory_gib()}
+        if self.peak:
+            figures["mfu"] = rate * self.flops_per_token / (self.peak * 1e12)
+        figures["seconds_left"] = steps_left * self.seconds / self.steps
+        self.tokens, self.seconds, self.steps = 0, 0.0, 0
+        return figures
+
+
+class Ledger(TrainerCallback):  # type: ignore[misc]
+    """Writes every log to metrics.jsonl and one line of it to the terminal; a bar shows the steps where there is a terminal."""
+
+    def __init__(self, path: Path, meter: Meter, *, resumes: bool) -> None:
+        self.path, self.meter = path, meter
+        self.mode = "a" if resumes else "w"
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.path.open(self.mode).close()
+            if sys.stderr.isatty():
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+        self.meter.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.meter.steps += 1
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs, "time": round(time.time(), 3)}) + "\n")
+        line = log_line(state.global_step, state.max_steps, logs)
+        if line:
+            self.bar.write(line) if self.bar is not None else print(line, flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.meter.pause()
+        if self.bar is not None:
+            self.bar.close()
+
+
+FORMATS = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "eval_loss {:.4f}",
+    "grad_norm": "grad_norm {:.3g}",
+    "learning_rate": "lr {:.3g}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "mfu": "mfu {:.1%}",
+    "peak_memory_gib": "{:.1f} GiB",
+}
+
+
+def log_line(step: int, max_steps: int, logs: dict[str, float]) -> str:
+    """One terminal line, or nothing for the summary that Trainer logs at the end."""
+    if "train_runtime" in logs:
+        return ""
+    parts = [text.format(logs[name]) for name, text in FORMATS.items() if name in logs]
+    if "seconds_left" in logs:
+        parts.append(f"{duration(logs['seconds_left'])} left")
+    return f"step {step:>{len(str(max_steps))}}/{max_steps}  " + "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    whole = math.ceil(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

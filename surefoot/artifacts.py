@@ -53,30 +53,10 @@ class RunFolder:
             )
         self.note(data=report)
 
-    def save(self, model: Any, tokenizer: Any) -> None:
-        """Writes adapter (or full weights) and tokenizer at the root, and reads back that they are there.
-
-        Raises:
-            BackendError: nothing was written.
-        """
-        if not self.is_main:
-            return
-        save_model(model, self.path)
-        tokenizer.save_pretrained(self.path)
-        if not any(file.stat().st_size > 0 for file in self.path.glob("*.safetensors")):
+    def check_saved(self) -> None:
+        """Raises BackendError when the weights did not reach the folder: some engines save nothing and say nothing."""
+        if self.is_main and not any(file.stat().st_size > 0 for file in self.path.glob("*.safetensors")):
             raise BackendError(f"{self.path}: saving wrote no weights")
-
-
-def save_model(model: Any, folder: Path) -> None:
-    """PEFT's or transformers' files. Embedding rows stay out of an adapter: they are frozen, and a PAD row is never read."""
-    from peft import PeftModel
-
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder, save_embedding_layers=False)
-    else:
-        model.config.use_cache = True  # off for training only; generation from these files wants it
-        model.save_pretrained(folder)
-        model.config.use_cache = False
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Desk:
         yield self.compute_dtype(quantization.value, precision.value)
         yield from self.method()
         yield self.targets()
+        yield self.initial_weights(quantization.value)
         attention = self.attention()
         yield attention
         yield from self.sdpa(attention.value)
@@ -167,6 +168,24 @@ class Desk:
         root = "alpha / sqrt(r)" if is_rslora else "alpha / r"
         scale = c.lora_alpha / (c.lora_r**0.5 if is_rslora else c.lora_r)
         yield Choice("use_rslora", is_rslora, c.source("use_rslora") if c.use_rslora else source, f"scale {root} = {scale:g}")
+
+    def initial_weights(self, quantization: str) -> Choice:
+        c = self.config
+        init = c.init_lora_weights
+        kind = init if isinstance(init, str) else ""
+        if kind == "eva":
+            self.problems.append(
+                "--init_lora_weights=eva takes its directions from training rows before the run, which is not built. Use pissa"
+            )
+        if kind == "loftq":
+            self.problems.append(
+                "--init_lora_weights=loftq makes its own quantized base, which is not built. Use --load_4bit=True with True"
+            )
+        if kind.startswith(("pissa", "olora")) and quantization != "none":
+            self.problems.append(
+                f"--init_lora_weights={init} splits the base weights and needs the unquantized weights. Drop --load_4bit/--load_8bit"
+            )
+        return self._as_given("init_lora_weights")
 
     def targets(self) -> Choice:
         if self.config.target_modules:

@@ -49,7 +49,7 @@ def carry_out(plan: Plan, *, say: Any) -> None:
         folder.note(pad=pad._asdict())
         folder.note_data(data.report.as_record())
         summary = trainer.train(plan, model, tokenizer, data, rows.Collator(pad_token_id=pad.token_id))
-        folder.save(model, tokenizer)
+        folder.check_saved()
         folder.note(summary=summary)
     say(trainer.summary_line(summary, plan.output.folder))
 

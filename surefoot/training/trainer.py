@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
-from surefoot.artifacts import save_model
 from surefoot.plan import Plan, TrainPlan
 from surefoot.training.guard import Movement, check_gradient, check_masters
 from surefoot.training.metrics import Ledger, Meter, duration, peak_memory_gib
@@ -65,13 +65,18 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        save_model(self.model, folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        if isinstance(self.model, PeftModel):
+            # embedding rows stay out of an adapter: they are frozen, and a PAD row is never read
+            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        else:
+            self.model.config.use_cache = True  # off for training only; generation from these files wants it
+            self.model.save_pretrained(folder, state_dict=state_dict)
+            self.model.config.use_cache = False
+        self.processing_class.save_pretrained(folder)
 
 
 def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> dict[str, Any]:
-    """Trains `model` in place.
+    """Trains `model` in place and saves it, with the tokenizer, at the root of the run folder.
 
     Returns:
         The summary: steps, losses, tokens, seconds, peak memory, tensors that did not move.
@@ -105,6 +110,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
     }
     if data.eval is not None and plan.train.eval_strategy != "no":
         summary["eval_loss"] = trainer.evaluate()["eval_loss"]
+    trainer.save_model(plan.output.folder)
     return summary
 
 

@@ -82,9 +82,7 @@ def _model_config(path: str, problems: list[str]) -> dict[str, Any] | None:
         return None
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         problems.append(f"--base_model={path} holds config.json but no weights (*.safetensors)")
-    for weights in folder.glob("*.safetensors"):
-        if weights.stat().st_size == 0:
-            problems.append(f"--base_model={path}: {weights.name} is empty (0 bytes): copy or download it again")
+    _check_weights("base_model", folder, problems)
     return content
 
 
@@ -123,8 +121,36 @@ def _check_prompt(style: str, problems: list[str]) -> None:
 
 
 def _check_checkpoint(folder: Path, problems: list[str]) -> None:
-    if not (folder / "trainer_state.json").is_file():
+    state = _json(folder / "trainer_state.json")
+    if state is None:
         problems.append(f"--resume_from_checkpoint={folder} is not a checkpoint: it has no trainer_state.json")
+    elif not isinstance(state, dict):
+        problems.append(f"--resume_from_checkpoint={folder}: trainer_state.json is damaged ({state}). Take an earlier checkpoint")
+    _check_weights("resume_from_checkpoint", folder, problems)
+
+
+def _check_weights(flag: str, folder: Path, problems: list[str]) -> None:
+    """Every safetensors file must hold its header and as many bytes as the header says."""
+    for file in sorted(folder.glob("*.safetensors")):
+        complaint = _safetensors_complaint(file)
+        if complaint:
+            problems.append(f"--{flag}={folder}: {file.name} {complaint}. Copy or download it again, or take another")
+
+
+def _safetensors_complaint(file: Path) -> str | None:
+    size = file.stat().st_size
+    if size == 0:
+        return "is empty (0 bytes)"
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if header_size > size - 8:
+            return f"is cut off or no safetensors file ({size} bytes)"
+        try:
+            header = json.loads(stream.read(header_size))
+        except ValueError:
+            return "has no readable header"
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    return f"is cut off: {size - 8 - header_size} of {end} bytes" if size - 8 - header_size < end else None
 
 
 def _run_folder(folder: Path, problems: list[str]) -> RunFolder:

@@ -38,7 +38,7 @@ def carry_out(plan: Plan, *, say: Any) -> None:
     tokenizer = hf.load_tokenizer(plan.model)
     pad = tokens.settle(tokenizer)
     say(f"PAD: {pad.token} (id {pad.token_id}), {pad.reason}")
-    data = prepare.prepare(plan.data, tokenizer)
+    data = prepare.prepare(plan.data, tokenizer, shows_progress=plan.machine.is_main)
     say("\n".join(data.report.lines()))
     model = hf.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)
     model = adapters.attach(model, plan.adapter, plan.process.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from surefoot.plan import ProcessPlan
 
@@ -22,6 +23,8 @@ def apply(plan: ProcessPlan) -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     torch.backends.cuda.enable_cudnn_sdp(not plan.disable_cudnn_sdpa)
     torch.backends.cuda.enable_flash_sdp(not plan.disable_flash_sdpa)
     if plan.deterministic:

@@ -109,9 +109,18 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         "best_checkpoint": trainer.state.best_model_checkpoint,
     }
     if data.eval is not None and plan.train.eval_strategy != "no":
-        summary["eval_loss"] = trainer.evaluate()["eval_loss"]
+        summary["eval_loss"] = _final_eval_loss(trainer)
     trainer.save_model(plan.output.folder)
     return summary
+
+
+def _final_eval_loss(trainer: SurefootTrainer) -> float:
+    """The eval_loss of the weights as they stand: the best checkpoint's, the last step's where it was evaluated, else measured now."""
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        return float(state.best_metric)
+    last = [log["eval_loss"] for log in state.log_history if "eval_loss" in log and log["step"] == state.global_step]
+    return last[-1] if last else trainer.evaluate()["eval_loss"]
 
 
 def summary_line(summary: dict[str, Any], folder: str) -> str:

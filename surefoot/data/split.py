@@ -1,0 +1,93 @@
+"""Which rows are held out for evaluation: drawn by the seed from the rows as read, so that no token count moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from surefoot.data.formats import Example
+from surefoot.errors import UsageError
+
+if TYPE_CHECKING:
+    from surefoot.plan import DataPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Both sides in file order, why they are so, and how many evaluation rows also stand among the training rows."""
+
+    train: tuple[Example, ...]
+    eval: tuple[Example, ...]
+    reason: str
+    shared: int = 0
+
+
+def given(train: Sequence[Example], held: Sequence[Example]) -> Split:
+    """The user's own evaluation rows."""
+    seen = {_content(example) for example in train}
+    shared = sum(_content(example) in seen for example in held)
+    return Split(train=tuple(train), eval=tuple(held), reason="--val_data_path", shared=shared)
+
+
+def hold_out(examples: Sequence[Example], plan: DataPlan) -> Split:
+    """val_set_size rows drawn from the examples. Rows of equal content stay on one side.
+
+    Raises:
+        UsageError: nothing would be left to train on.
+    """
+    size, reason = _size(len(examples), plan)
+    if size == 0:
+        return Split(train=tuple(examples), eval=(), reason=reason)
+    drawn = _drawn(examples, size, plan.seed)
+    if not drawn and not plan.val_set_size_is_default:
+        raise UsageError(f"--val_set_size={plan.val_set_size} cannot be held out: the {len(examples)} rows are too often the same row")
+    return Split(
+        train=tuple(example for index, example in enumerate(examples) if index not in drawn),
+        eval=tuple(example for index, example in enumerate(examples) if index in drawn),
+        reason=reason,
+    )
+
+
+def _size(count: int, plan: DataPlan) -> tuple[int, str]:
+    asked = plan.val_set_size
+    if asked == 0:
+        return 0, "val_set_size=0"
+    if plan.val_set_size_is_default:
+        small = max(1, count // 10) if count > 1 else 0
+        if small < asked:
+            return small, f"10 % of {count:,} rows, which is less than the default of {asked:,}"
+        return int(asked), "the default"
+    if asked >= 1 and asked != int(asked):
+        raise UsageError(f"--val_set_size={asked} is neither a whole number of rows nor a fraction below 1")
+    size = int(asked) if asked >= 1 else max(1, round(count * asked))
+    if size >= count:
+        way_out = f"Give --val_set_size={count // 10} or less, or" if count >= 10 else "Give --val_set_size=0, or"
+        raise UsageError(
+            f"--val_set_size={asked} leaves no row to train on: the data hold {count:,} rows. "
+            f"{way_out} evaluation rows of their own with --val_data_path"
+        )
+    return size, f"val_set_size={asked}"
+
+
+def _drawn(examples: Sequence[Example], size: int, seed: int) -> set[int]:
+    """Indices of `size` rows, fewer only where rows come in equal groups that do not fit."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(_content(example), []).append(index)
+    distinct = list(groups.values())
+    drawn: set[int] = set()
+    for position in np.random.default_rng(seed).permutation(len(distinct)):
+        if len(drawn) + len(distinct[position]) <= size:
+            drawn.update(distinct[position])
+        if len(drawn) == size:
+            break
+    return drawn
+
+
+def _content(example: Example) -> Hashable:
+    if example.text is not None or example.turns:
+        return example.turns, example.context, example.text
+    return repr(example.columns)

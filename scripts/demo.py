@@ -69,10 +69,12 @@ def measure(path: Path, adapter: Path | None, rows: list[dict[str, str]]) -> Res
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from surefoot import evaluate, tokens
     from surefoot.data import formats, loading, prompts
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(path)
     pad = tokens.settle(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -276,6 +276,8 @@ def _as_number(kind: type, raw: Any) -> int | float | None:
 
 
 def _as_words(raw: Any) -> tuple[str, ...] | None:
+    if isinstance(raw, Path):
+        return (str(raw),)
     if isinstance(raw, str):
         text = raw.strip()
         if text.startswith(("[", "(")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from surefoot import cli
@@ -20,7 +22,7 @@ def parse(**flags: object) -> Config:
         ("lora_r", "32", 32), ("batch_size", "1e2", 100), ("num_epochs", "3", 3.0), ("learning_rate", "3e-5", 3e-5),
         ("val_set_size", "120", 120), ("val_set_size", "0.1", 0.1), ("output_dir", "1.10", "1.10"), ("output_dir", "2024", "2024"),
         ("target_modules", "q_proj,k_proj", ("q_proj", "k_proj")), ("target_modules", '["q_proj", "k_proj"]', ("q_proj", "k_proj")),
-        ("target_modules", "[q_proj,k_proj]", ("q_proj", "k_proj")), ("target_modules", ["q_proj"], ("q_proj",)),
+        ("target_modules", "[q_proj,k_proj]", ("q_proj", "k_proj")), ("target_modules", ["q_proj"], ("q_proj",)), ("data_path", Path("a,b.json"), ("a,b.json",)),
         ("init_lora_weights", "pissa", "pissa"), ("init_lora_weights", "True", True), ("init_lora_weights", "pissa_niter_4", "pissa_niter_4"),
         ("use_gradient_checkpointing", "unsloth", "unsloth"), ("resume_from_checkpoint", "out/checkpoint-8", "out/checkpoint-8"),
         ("report_to", "wandb,tensorboard", ("wandb", "tensorboard")),

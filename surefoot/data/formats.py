@@ -1,41 +1,50 @@
-"""Recognises the format of each row and brings it into one form."""
+"""normalise(): a row of any known format to one Example, recognised row by row from its columns."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from surefoot.data.loading import SourceRow
+from surefoot.data.loading import SourceRow, kind
 from surefoot.errors import DataError
 
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
-RENAMES = {
-    "question": "instruction", "query": "instruction", "response": "output", "answer": "output", "reply": "output", "target": "output",
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
 }  # fmt: skip
-KNOWN = (
-    "alpaca {instruction, input, output}, sharegpt {conversations}, messages {messages}, {system, user, assistant}, "
-    "{prompt, completion}, {input, target}, {text}"
-)
+TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
+
+# What other data sets call our columns; only used to suggest a renaming.
+OTHER_NAMES = {
+    "question": "instruction", "query": "instruction", "problem": "instruction", "prompt": "instruction",
+    "answer": "output", "response": "output", "reply": "output", "solution": "output", "completion": "output", "target": "output",
+    "context": "input", "conversation": "messages", "dialogue": "messages", "dialog": "messages", "chat": "messages",
+}  # fmt: skip
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation; role is system, user or assistant."""
+    """What one side says; role is system, user or assistant. is_trained is False for assistant turns that are only context."""
 
     role: str
     text: str
-
-    @property
-    def is_trained(self) -> bool:
-        return self.role == "assistant"
+    is_trained: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped(NamedTuple):
+    """A row that holds nothing to train on."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """A row in one form: `turns`, the last an assistant's, or `text`, all of which is trained.
+    """A row, understood.
 
-    context is alpaca's input; cut_turns counts turns after the last answer; a row of unknown columns has neither turns nor text and
-    is left to a Jinja file.
+    turns end with the assistant turn to train on; they are empty for plain text (then `text` is set) and for a row of no known
+    format that a Jinja file reads (then both are unset). `context` is alpaca's input column, which its prompt keeps apart.
     """
 
     format: str
@@ -47,137 +56,175 @@ class Example:
     cut_turns: int = 0
 
     @property
-    def is_single(self) -> bool:
-        """True for one question and one answer without a system turn."""
-        return [turn.role for turn in self.turns] == ["user", "assistant"]
-
-    @property
     def system(self) -> str:
         return self.turns[0].text if self.turns and self.turns[0].role == "system" else ""
 
+    @property
+    def is_single(self) -> bool:
+        """One user turn and its answer, no system turn."""
+        return len(self.turns) == 2 and self.turns[0].role == "user"
 
-class Dropped(NamedTuple):
-    """Why a row cannot be trained on though nothing is wrong with it."""
 
-    reason: str
+class Format(NamedTuple):
+    """The columns a format must and may have, and its reader of turns."""
 
-
-EMPTY = Dropped("an empty answer")
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+    read: Callable[[SourceRow], list[Turn]]
 
 
 def normalise(row: SourceRow, text_field: str, *, allows_unknown: bool = False) -> Example | Dropped:
-    """The row as an Example, or Dropped where its answer is empty.
-
-    Args:
-        allows_unknown: a row of no known format becomes an Example of its columns alone.
+    """The row as an Example, or why it is dropped: an empty answer, no assistant turn, turns out of order.
 
     Raises:
-        DataError: no known format, or a value of the wrong type; it names row, columns and formats.
+        DataError: the columns fit no format (unless allows_unknown), or a column holds something else than text.
     """
-    present = {name: value for name, value in row.columns.items() if value is not None}
-    for name, columns, build in FORMATS:
-        if all(column in present for column in columns):
-            return build(name, row, present)
-    if text_field in present:
-        text = _string(present, text_field, row.where)
-        return Example(format="text", where=row.where, columns=row.columns, text=text) if text.strip() else EMPTY
-    if allows_unknown:
-        return Example(format="columns", where=row.where, columns=row.columns)
-    return _complain(row)
+    name = recognise(row.columns, text_field)
+    if name is None:
+        if allows_unknown:
+            return Example(format="columns", where=row.where, columns=row.columns)
+        raise DataError(_unknown(row, text_field))
+    if name == "text":
+        text = _text(row, text_field)
+        return Example(format=name, where=row.where, columns=row.columns, text=text) if text.strip() else Dropped("an empty text")
+    turns = _read_turns(row, name)
+    last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+    kept = tuple(turns[: last + 1])
+    reason = _unusable(kept)
+    if reason:
+        return Dropped(reason)
+    if name == "prompt_completion" and any(isinstance(row.columns[column], list) for column in FORMATS[name].needs):
+        name = "prompt_completion_chat"
+    context = _text(row, "input") if name == "alpaca" else ""
+    return Example(format=name, where=row.where, columns=row.columns, turns=kept, context=context, cut_turns=len(turns) - len(kept))
+
+
+def recognise(columns: Mapping[str, Any], text_field: str) -> str | None:
+    """The format whose columns are all there and not null, else one whose columns are there; a text_field of the user's own goes first."""
+    if text_field != "text" and columns.get(text_field) is not None:
+        return "text"
+    filled = {name for name, value in columns.items() if value is not None}
+    for there in (filled, columns.keys()):
+        for name, form in FORMATS.items():
+            if all(column in there for column in form.needs):
+                return name
+        if text_field in there:
+            return "text"
+    return None
 
 
 def used_columns(format_name: str, text_field: str) -> tuple[str, ...]:
     """The columns that a format reads."""
-    optional = {"alpaca": ("input",), "system_user_assistant": ("system",), "text": (text_field,)}
-    required = next((columns for name, columns, _ in FORMATS if name == format_name), ())
-    return (*required, *optional.get(format_name, ()))
+    form = FORMATS.get(format_name.removesuffix("_chat"))
+    return form.needs + form.takes if form else (text_field,)
 
 
-def _complain(row: SourceRow) -> Example:
-    missing = [name for name, value in row.columns.items() if value is None]
-    names = ", ".join(map(str, row.columns)) or "(none)"
-    hint = f" ({', '.join(map(str, missing))} empty)" if missing else ""
-    renames = [f"{name} to {RENAMES[name]}" for name in row.columns if name in RENAMES]
-    way_out = f"Rename {' and '.join(renames)}" if renames else "Rename the columns, or write a Jinja file for --prompt_style"
-    raise DataError(f"{row.where}: the row has columns {names}{hint}, which is none of the known formats: {KNOWN}. {way_out}")
+def _unusable(turns: tuple[Turn, ...]) -> str | None:
+    if not turns:
+        return "no assistant turn"
+    said = turns[1:] if turns[0].role == "system" else turns
+    if [turn.role for turn in said] != ["user", "assistant"] * (len(said) // 2):
+        return "turns not in the order user, assistant, user, assistant"
+    if not all(turn.text.strip() for turn in turns if turn.is_trained):
+        return "an empty answer"
+    return None if turns[-1].is_trained else "no assistant turn"
 
 
-def _string(values: Mapping[str, Any], column: str, where: str) -> str:
-    value = values.get(column, "")
-    if not isinstance(value, str):
-        raise DataError(f"{where}: column {column} must be text, not {type(value).__name__}: {str(value)[:60]}")
-    return value
+def _read_turns(row: SourceRow, name: str) -> list[Turn]:
+    form = FORMATS[name]
+    turns = form.read(row)
+    system = _text(row, "system") if "system" in form.takes else ""
+    if system and not (turns and turns[0].role == "system"):
+        turns = [Turn("system", system, False), *turns]
+    return turns
 
 
-def _alpaca(name: str, row: SourceRow, values: Mapping[str, Any]) -> Example | Dropped:
-    asked, context, answer = (_string(values, column, row.where) for column in ("instruction", "input", "output"))
-    return _single(name, row, asked, answer, context)
+def _pair(row: SourceRow, asked: str, answered: str) -> list[Turn]:
+    return [Turn("user", _text(row, asked), False), Turn("assistant", _text(row, answered), True)]
 
 
-def _single(name: str, row: SourceRow, asked: str, answer: str, context: str = "") -> Example | Dropped:
-    if not answer.strip():
-        return EMPTY
-    turns = (Turn("user", asked), Turn("assistant", answer))
-    return Example(format=name, where=row.where, columns=row.columns, turns=turns, context=context)
+def _prompt_completion(row: SourceRow) -> list[Turn]:
+    """Strings, or lists of messages as TRL has them; assistant turns inside the prompt are context."""
+    prompt, completion = row.columns["prompt"], row.columns["completion"]
+    asked = _messages(row, "prompt") if isinstance(prompt, list) else [Turn("user", _text(row, "prompt"), False)]
+    answered = _messages(row, "completion") if isinstance(completion, list) else [Turn("assistant", _text(row, "completion"), True)]
+    return [turn._replace(is_trained=False) for turn in asked] + answered
 
 
-def _prompt_completion(name: str, row: SourceRow, values: Mapping[str, Any]) -> Example | Dropped:
-    prompt, completion = values["prompt"], values["completion"]
-    if isinstance(prompt, list) != isinstance(completion, list):
-        raise DataError(f"{row.where}: prompt and completion must both be text, or both lists of messages")
-    if isinstance(prompt, list):
-        return _conversation(name, row, [*prompt, *completion])
-    return _single(name, row, _string(values, "prompt", row.where), _string(values, "completion", row.where))
+def _messages(row: SourceRow, column: str) -> list[Turn]:
+    turns = row.columns[column]
+    if not isinstance(turns, list):
+        raise DataError(f"{row.where}: column {column} holds {kind(turns)}, where a list of turns is needed")
+    return [_turn(row, turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
 
 
-def _input_target(name: str, row: SourceRow, values: Mapping[str, Any]) -> Example | Dropped:
-    return _single(name, row, _string(values, "input", row.where), _string(values, "target", row.where))
+def _turn(row: SourceRow, turn: Any, place: str) -> Turn:
+    if not isinstance(turn, dict):
+        raise DataError(f"{row.where}: {place} is {kind(turn)}, where a turn such as {{role, content}} or {{from, value}} is needed")
+    said_by, content = (turn.get("role"), turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
+    if said_by in TOOL_ROLES or turn.get("tool_calls"):
+        raise DataError(
+            f"{row.where}: {place} is a tool call or a tool's answer (role {said_by}), which is not supported. "
+            "Remove these rows, or write the call as text of the assistant"
+        )
+    role = ROLES.get(said_by) if isinstance(said_by, str) else None
+    if role is None:
+        raise DataError(f"{row.where}: {place} has role {said_by}, which is none of {', '.join(ROLES)}")
+    return Turn(role, _content(row, content, place), role == "assistant")
 
 
-def _system_user_assistant(name: str, row: SourceRow, values: Mapping[str, Any]) -> Example | Dropped:
-    texts = {role: _string(values, role, row.where) for role in ("system", "user", "assistant")}
-    messages = [{"role": role, "content": text} for role, text in texts.items() if text or role != "system"]
-    return _conversation(name, row, messages)
+def _content(row: SourceRow, content: Any, place: str) -> str:
+    """Text, or a list of parts {"type": "text", "text": ...}."""
+    if isinstance(content, str) or content is None:
+        return content or ""
+    if not isinstance(content, list):
+        raise DataError(f"{row.where}: the content of {place} is {kind(content)}, where text is needed")
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
+            what = part.get("type", "untyped") if isinstance(part, dict) else kind(part)
+            raise DataError(f'{row.where}: {place} has a part of type {what}; only {{"type": "text", "text": ...}} is trained on here')
+    return "".join(part["text"] for part in content)
 
 
-def _listed(name: str, row: SourceRow, values: Mapping[str, Any]) -> Example | Dropped:
-    column = "messages" if name == "messages" else "conversations"
-    if not isinstance(values[column], list):
-        raise DataError(f"{row.where}: {column} must be a list of turns, not {type(values[column]).__name__}")
-    return _conversation(name, row, values[column])
-
-
-def _conversation(name: str, row: SourceRow, messages: list[Any]) -> Example | Dropped:
-    turns = [_turn(message, row.where) for message in messages]
-    last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=None)
-    if last is None:
-        raise DataError(f"{row.where}: the conversation has no assistant turn to train on")
-    if not turns[last].text.strip():
-        return EMPTY
-    kept = tuple(turns[: last + 1])
-    return Example(format=name, where=row.where, columns=row.columns, turns=kept, cut_turns=len(turns) - len(kept))
-
-
-def _turn(message: Any, where: str) -> Turn:
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: a turn must be an object with role and content, not {type(message).__name__}")
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if role not in ROLES:
-        raise DataError(f"{where}: a turn of role {role!r}; known are {', '.join(ROLES)}. Tool calls are not supported")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(content, str):
-        raise DataError(f"{where}: a turn's content must be text, not {type(content).__name__}")
-    return Turn(ROLES[role], content)
+def _text(row: SourceRow, column: str) -> str:
+    """A column's text; missing and null are empty."""
+    value = row.columns.get(column)
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise DataError(f"{row.where}: column {column} holds {kind(value)}, where text is needed. Write it as text")
 
 
 # In order of precedence: a row with instruction and output is alpaca even where it has a text column too.
-FORMATS: tuple[tuple[str, tuple[str, ...], Callable[[str, SourceRow, Mapping[str, Any]], Example | Dropped]], ...] = (
-    ("messages", ("messages",), _listed),
-    ("sharegpt", ("conversations",), _listed),
-    ("alpaca", ("instruction", "output"), _alpaca),
-    ("prompt_completion", ("prompt", "completion"), _prompt_completion),
-    ("system_user_assistant", ("user", "assistant"), _system_user_assistant),
-    ("input_target", ("input", "target"), _input_target),
-)
+FORMATS = {
+    "messages": Format(("messages",), ("system",), lambda row: _messages(row, "messages")),
+    "sharegpt": Format(("conversations",), ("system",), lambda row: _messages(row, "conversations")),
+    "alpaca": Format(("instruction", "output"), ("input", "system"), lambda row: _pair(row, "instruction", "output")),
+    "prompt_completion": Format(("prompt", "completion"), (), _prompt_completion),
+    "user_assistant": Format(("user", "assistant"), ("system",), lambda row: _pair(row, "user", "assistant")),
+    "input_target": Format(("input", "target"), (), lambda row: _pair(row, "input", "target")),
+}
+
+
+def _unknown(row: SourceRow, text_field: str) -> str:
+    known = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in FORMATS.items())
+    return (
+        f"{row.where}: the row has columns {', '.join(map(str, row.columns)) or '(none)'}, which is none of the known formats ({known}; "
+        f"text: {text_field}). {_renaming(row.columns)}, name the column of plain text with --text_field, or give --prompt_style a Jinja "
+        "file with {% generation %} around the answer"
+    )
+
+
+def _renaming(columns: Mapping[str, Any]) -> str:
+    """The nearest format's columns as a renaming, where there is one."""
+    names = [name for form in FORMATS.values() for name in form.needs]
+    renamed: dict[str, str] = {}
+    for column in map(str, columns):
+        close = difflib.get_close_matches(column.lower(), names, n=1, cutoff=0.8)
+        target = OTHER_NAMES.get(column.lower()) or (close[0] if close else None)
+        if target and target not in renamed:
+            renamed[target] = column
+    for form in FORMATS.values():
+        if all(name in renamed for name in form.needs):
+            pairs = [f"{old} to {new}" for new, old in renamed.items() if new in form.needs + form.takes and new != old]
+            return f"Rename {' and '.join(pairs)}"
+    return "Rename the columns"

@@ -7,6 +7,7 @@ tokenised apart: its tokens need not be those it has inside the whole text.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -48,15 +49,18 @@ class Encoder:
         ]
 
     def _row(self, rendered: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
-        ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(offsets))
         trained = np.zeros(len(ids), dtype=np.bool_)
         for start, end in rendered.trained:
-            trained |= (ends > start) & (ends <= end)
+            trained[bisect_right(offsets, start, key=_end) : bisect_right(offsets, end, key=_end)] = True
         has_bos = bool(ids) and ids[0] == self.tokenizer.bos_token_id
         if rendered.is_whole or has_bos:
             return Encoded(np.array(ids, dtype=np.int32), trained, int(has_bos))
         lead = len(self.prefix)
         return Encoded(np.array([*self.prefix, *ids], dtype=np.int32), np.concatenate([np.zeros(lead, dtype=np.bool_), trained]), lead)
+
+
+def _end(offset: tuple[int, int]) -> int:
+    return offset[1]
 
 
 def make_encoder(tokenizer: Any) -> Encoder:

@@ -35,16 +35,16 @@ COMMON = (
 ).split()
 CASES: dict[str, list[str]] = {
     "dora_stage1_recipe_2_rows": ["--adapter_name=dora", "--batch_size=16", "--per_device_train_batch_size=2", "--max_steps=12"],
-    "dora_stage1_16_rows": ["--adapter_name=dora", "--batch_size=16", "--per_device_train_batch_size=16", "--max_steps=20"],
-    "lora_stage1_16_rows": ["--adapter_name=lora", "--batch_size=16", "--per_device_train_batch_size=16", "--max_steps=20"],
+    "dora_stage1_4_rows": ["--adapter_name=dora", "--batch_size=16", "--per_device_train_batch_size=4", "--max_steps=20"],
+    "lora_stage1_4_rows": ["--adapter_name=lora", "--batch_size=16", "--per_device_train_batch_size=4", "--max_steps=20"],
     "dora_stage1_16_rows_recompute": [
         "--adapter_name=dora", "--batch_size=16", "--per_device_train_batch_size=16", "--max_steps=12", "--use_gradient_checkpointing",
     ],
-    "dora_stage2_16_rows": ["--adapter_name=dora", "--batch_size=16", "--per_device_train_batch_size=16", "--max_steps=20", "--stage=2"],
-    "dora_fp16_16_rows": [
-        "--adapter_name=dora", "--batch_size=16", "--per_device_train_batch_size=16", "--max_steps=12", "--bf16=False", "--fp16=True",
+    "dora_stage2_4_rows": ["--adapter_name=dora", "--batch_size=16", "--per_device_train_batch_size=4", "--max_steps=20", "--stage=2"],
+    "dora_fp16_4_rows": [
+        "--adapter_name=dora", "--batch_size=16", "--per_device_train_batch_size=4", "--max_steps=12", "--bf16=False", "--fp16=True",
     ],
-    "qdora_16_rows": ["--adapter_name=dora", "--batch_size=16", "--per_device_train_batch_size=16", "--max_steps=12", "--load_4bit=True"],
+    "qdora_4_rows": ["--adapter_name=dora", "--batch_size=16", "--per_device_train_batch_size=4", "--max_steps=12", "--load_4bit=True"],
 }  # fmt: skip
 
 

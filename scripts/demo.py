@@ -82,6 +82,7 @@ def measure(path: Path, adapter: Path | None, rows: list[dict[str, str]]) -> Res
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     examples = [formats.normalise(loading.SourceRow(row, f"row {number}"), "text") for number, row in enumerate(rows, 1)]
     asked = [prompts.prompt_text(example, "alpaca") for example in examples]
     with tqdm(total=len(rows), desc="after" if adapter else "before", unit="row", disable=not sys.stderr.isatty()) as bar:

@@ -87,6 +87,8 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_toke
     tokenizer.padding_side = "left"
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
     tokenizer.padding_side = "right"
+    rows = model.get_input_embeddings().weight.shape[0]
+    inputs["input_ids"].masked_fill_(inputs["input_ids"] >= rows, tokenizer.eos_token_id)  # an added PAD has no row in the base model
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id)
     return [str(text) for text in tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
 

@@ -24,15 +24,16 @@ class Pad(NamedTuple):
 
 
 def settle(tokenizer: Any) -> Pad:
-    """Gives the tokenizer its PAD (right side) and says which: its own, else a reserved token, else a new `<|pad|>`.
+    """Gives the tokenizer its PAD (right side) and says which: its own, a reserved token, an unused special token, else a new `<|pad|>`.
 
     Labels come from character spans and never from ids, so a PAD equal to EOS masks no EOS.
     """
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is not None:
         return Pad(tokenizer.pad_token, tokenizer.pad_token_id, "the tokenizer's own")
-    token = _reserved(tokenizer)
-    reason = "reserved in the vocabulary"
+    token, reason = _reserved(tokenizer), "reserved in the vocabulary"
+    if token is None:
+        token, reason = _unused_special(tokenizer), "a special token that the chat template does not use"
     if token is None:
         token, reason = ADDED, "added: the vocabulary has no reserved token"
     tokenizer.add_special_tokens({"pad_token": token})
@@ -47,3 +48,11 @@ def _reserved(tokenizer: Any) -> str | None:
         if hits:
             return str(min(hits, key=lambda token: vocabulary[token]))
     return None
+
+
+def _unused_special(tokenizer: Any) -> str | None:
+    """The last special token that is no BOS or EOS and does not occur in the chat template."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    return next((token for token in reversed(special) if token not in taken and token not in template), None)

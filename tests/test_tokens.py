@@ -25,7 +25,8 @@ def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
         (("<e>", "<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"), {}, "<|finetune_right_pad_id|>", "reserved in the vocabulary"),
         (("<e>", "<|reserved_special_token_3|>", "<|reserved_special_token_1|>"), {}, "<|reserved_special_token_3|>", "reserved in the vocabulary"),
         (("<unk>", "<s>", "<e>"), {"unk_token": "<unk>"}, "<unk>", "reserved in the vocabulary"),
-        (("<s>", "<e>"), {}, "<|pad|>", "added: the vocabulary has no reserved token"),
+        (("<s>", "<e>"), {"bos_token": "<s>"}, "<|pad|>", "added: the vocabulary has no reserved token"),
+        (("<e>", "<file_sep>", "<turn>"), {"chat_template": "<turn>"}, "<file_sep>", "a special token that the chat template does not use"),
     ],
 )  # fmt: skip
 def test_pad_when_settled_then_follows_the_policy(special: tuple[str, ...], named: dict[str, str], token: str, reason: str) -> None:

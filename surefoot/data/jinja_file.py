@@ -48,6 +48,11 @@ class JinjaFile:
         Raises:
             DataError: the template uses a name the row does not have, or raises.
         """
+        if not (example.turns or self.has_markers):
+            raise DataError(
+                f"{example.where}: --prompt_style={self.path} renders a prompt, and a row of plain text has no answer to follow it. "
+                "Put {% generation %} ... {% endgeneration %} around the answer in the file, or give --prompt_style=auto"
+            )
         answer = example.turns[-1].text if example.turns else ""
         try:
             marked = self.template.render(_variables(example))
@@ -66,7 +71,7 @@ def load(path: str) -> JinjaFile:
     Raises:
         UsageError: it cannot be read, or is not valid Jinja.
     """
-    # the line break after a block tag is dropped as in chat templates; the one at the end of the file belongs to the prompt
+    # as in chat templates, the line break after a block tag is dropped ({% endif +%} keeps it); the one that ends the file is the prompt's
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, extensions=[_Generation], trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

@@ -12,6 +12,7 @@ import numpy as np
 from surefoot.data import loading, masking, progress, prompts, report, split
 from surefoot.data.formats import Dropped, Example, normalise
 from surefoot.data.masking import Encoded
+from surefoot.data.prompts import Rendered
 from surefoot.data.report import DataReport, Tally
 from surefoot.data.rows import Rows
 from surefoot.errors import DataError
@@ -86,15 +87,26 @@ class _Works:
         """The examples as tokens, those over the cut-off dropped or cut."""
         kept: list[Encoded] = []
         for batch in progress.batches(examples, BATCH, shows_progress=self.shows_progress):
-            rendered = [self.prompts.render(example) for example in batch]
-            self.tally.styles.update(text.style for text in rendered)
-            for example, row in zip(batch, self.encoder.encode(rendered), strict=True):
-                fitting = self._fitting(row, example.where)
+            places, rendered = self._rendered(batch)
+            for where, row in zip(places, self.encoder.encode(rendered), strict=True):
+                fitting = self._fitting(row, where)
                 if fitting is not None:
                     kept.append(fitting)
         self._refuse_overlong()
         self._some_left(kept, purpose)
         return Rows(kept)
+
+    def _rendered(self, batch: Sequence[Example]) -> tuple[list[str], list[Rendered]]:
+        places, texts = [], []
+        for example in batch:
+            text = self.prompts.render(example)
+            if isinstance(text, Dropped):
+                self.tally.drop(text.reason, example.where)
+                continue
+            self.tally.styles[text.style] += 1
+            places.append(example.where)
+            texts.append(text)
+        return places, texts
 
     def _fitting(self, row: Encoded, where: str) -> Encoded | None:
         self.tally.lengths.append(len(row.ids))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from surefoot.data import chat, jinja_file
 from surefoot.data.chat import ChatTemplate
-from surefoot.data.formats import Example
+from surefoot.data.formats import Dropped, Example
 from surefoot.data.jinja_file import JinjaFile, Spans, asked_with_context
 from surefoot.errors import DataError, UsageError
 
@@ -42,16 +42,18 @@ class Prompts:
         """True when the file marks its answers itself, so that rows need no known format."""
         return self.file is not None and self.file.has_markers
 
-    def render(self, example: Example) -> Rendered:
-        """The whole text, EOS at its end, and its trained spans.
+    def render(self, example: Example) -> Rendered | Dropped:
+        """The whole text, EOS at its end, and its trained spans; Dropped where a Jinja file renders an empty answer.
 
         Raises:
             DataError: the style cannot hold the row.
         """
+        if self.file is not None:
+            text, spans = self.file.render(example)
+            is_empty = not any(text[start:end].strip() for start, end in spans)
+            return Dropped("an empty answer") if is_empty else self._ended(text, spans, self.style)
         if example.text is not None:
             return self._ended(example.text, ((0, len(example.text)),), "text")
-        if self.file is not None:
-            return self._ended(*self.file.render(example), self.style)
         style = self._fitting(example) if self.style == "auto" else self.style
         if style == "chat":
             return self._chat(example)

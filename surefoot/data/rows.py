@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,9 @@ class Rows(torch.utils.data.Dataset[dict[str, NDArray[Any]]]):
         start, end = self.offsets[index % len(self)], self.offsets[index % len(self) + 1]
         ids = self.ids[start:end]
         return {"input_ids": ids, "labels": np.where(self.trained[start:end], ids, np.int32(IGNORED))}
+
+    def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
+        return (self[index] for index in range(len(self)))
 
     @property
     def lengths(self) -> list[int]:

@@ -11,6 +11,7 @@ import transformers
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
+from surefoot.errors import BackendError
 from surefoot.plan import Plan, TrainPlan
 from surefoot.training.guard import Movement, check_gradient, check_masters
 from surefoot.training.metrics import Ledger, Meter, duration, peak_memory_gib
@@ -82,7 +83,8 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         The summary: steps, losses, tokens, seconds, peak memory, tensors that did not move.
 
     Raises:
-        NumericsError: a gradient was not finite, or nothing was learned. BackendError: a trainable tensor is not fp32.
+        NumericsError: a gradient was not finite, or nothing was learned.
+        BackendError: a trainable tensor is not fp32, or the GPU's memory ran out.
     """
     arguments = training_arguments(plan)
     trainer = SurefootTrainer(
@@ -97,7 +99,10 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
     check_masters(model)
     movement = Movement(model)
     began = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
+    try:
+        result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
+    except torch.OutOfMemoryError as error:
+        raise BackendError(_out_of_memory(plan.train, plan.model.use_gradient_checkpointing)) from error
     summary = {
         "steps": result.global_step,
         "train_loss": result.training_loss,
@@ -112,6 +117,15 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         summary["eval_loss"] = _final_eval_loss(trainer)
     trainer.save_model(plan.output.folder)
     return summary
+
+
+def _out_of_memory(t: TrainPlan, recomputes: bool) -> str:
+    ways = [f"--per_device_train_batch_size={t.per_device_train_batch_size // 2}"] if t.per_device_train_batch_size > 1 else []
+    ways += [] if recomputes else ["--use_gradient_checkpointing"]
+    return (
+        f"the GPU's memory ran out at {t.per_device_train_batch_size} rows a forward pass (peak {peak_memory_gib():.1f} GiB). "
+        f"Use {' or '.join(ways) or '--load_4bit=True or a shorter --cutoff_len'}; the batch size of the optimizer step stays the same"
+    )
 
 
 def _final_eval_loss(trainer: SurefootTrainer) -> float:

@@ -86,7 +86,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         NumericsError: a gradient was not finite, or nothing was learned.
         BackendError: a trainable tensor is not fp32, or the GPU's memory ran out.
     """
-    arguments = training_arguments(plan)
+    arguments = training_arguments(plan, evaluates=data.eval is not None)
     trainer = SurefootTrainer(
         model=model, args=arguments, train_dataset=data.train, eval_dataset=data.eval, data_collator=collator, processing_class=tokenizer
     )
@@ -149,8 +149,12 @@ def summary_line(summary: dict[str, Any], folder: str) -> str:
     return f"done: {', '.join(parts)}. Saved in {folder}"
 
 
-def training_arguments(plan: Plan) -> TrainingArguments:
-    """The plan's training part as transformers' arguments; everything here was decided there."""
+def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
+    """The plan's training part as transformers' arguments; everything here was decided there.
+
+    Args:
+        evaluates: False when the data were too few to hold rows out, which only their reading tells.
+    """
     t = plan.train
     arguments = TrainingArguments(
         output_dir=plan.output.folder,
@@ -183,20 +187,21 @@ def training_arguments(plan: Plan) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         seed=t.seed,
         full_determinism=False,
-        **_schedule(t),
+        **_schedule(t, evaluates),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would silently become nn.DataParallel
     return arguments
 
 
-def _schedule(t: TrainPlan) -> dict[str, Any]:
+def _schedule(t: TrainPlan, evaluates: bool) -> dict[str, Any]:
+    takes_best = t.load_best_model_at_end and evaluates
     return {
-        "eval_strategy": t.eval_strategy,
+        "eval_strategy": t.eval_strategy if evaluates else "no",
         "eval_steps": t.eval_step,
         "save_strategy": t.save_strategy,
         "save_steps": t.save_step,
         "save_total_limit": t.save_total_limit,
-        "load_best_model_at_end": t.load_best_model_at_end,
-        "metric_for_best_model": "eval_loss" if t.load_best_model_at_end else None,
-        "greater_is_better": False if t.load_best_model_at_end else None,
+        "load_best_model_at_end": takes_best,
+        "metric_for_best_model": "eval_loss" if takes_best else None,
+        "greater_is_better": False if takes_best else None,
     }

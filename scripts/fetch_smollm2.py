@@ -38,7 +38,8 @@ def convert(gguf: Path, folder: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|im_end|>"  # as the GGUF's own metadata have them; transformers reads 1 for both
+    # <|im_end|> is what the GGUF's own metadata name; transformers reads <|im_start|> for both
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     config = model.config
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     del config.quantization_config  # transformers refuses to save a model that still says it is GGUF

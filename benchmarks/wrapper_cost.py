@@ -2,12 +2,13 @@
 
 python benchmarks/wrapper_cost.py [--rounds=5] [--steps=40] [--out=benchmarks/results/wrapper_cost_cpu.json]
 
-Prints the median step of each side, their ratio pair by pair, and the seconds before the first step (imports, plan, data, model) of a process.
+Prints the median step of each side, their ratio pair by pair, and the wall time of --help and --dry_run.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import statistics
 import subprocess
@@ -122,7 +123,7 @@ def _now(device: str) -> float:
 
 
 def _median_step(clock: list[float]) -> float:
-    return statistics.median(later - earlier for earlier, later in zip(clock[1:], clock[2:], strict=False)) / EVERY
+    return statistics.median(later - earlier for earlier, later in itertools.pairwise(clock[1:])) / EVERY
 
 
 def _seconds(words: list[str]) -> float:

@@ -150,18 +150,20 @@ class Config:
         asked_file = str(flags.get("config", ""))
         for source, given in ((f"file {asked_file}", file_values or {}), ("flag", flags)):
             seen: dict[str, str] = {}
+            found: list[str] = []
             for typed, raw in given.items():
-                name = _resolve(typed, raw, problems, notes)
+                name = _resolve(typed, raw, found, notes)
                 if name is None:
                     continue
                 if name in seen and raw != given[seen[name]]:
-                    problems.append(f"--{typed}={raw} and --{seen[name]}={given[seen[name]]} are the same flag. Give one of them")
+                    found.append(f"--{typed}={raw} and --{seen[name]}={given[seen[name]]} are the same flag. Give one of them")
                 seen[name] = typed
                 try:
                     values[name] = convert(FLAGS[name], raw)
                     sources[name] = source
                 except UsageError as error:
-                    problems.append(str(error))
+                    found.append(str(error))
+            problems += found if source == "flag" else [f"{source}: {problem}" for problem in found]
         if not values.get("base_model") and not any("base_model" in problem for problem in problems):
             problems.append("--base_model is missing: a Hugging Face model id or a local folder")
         if problems:

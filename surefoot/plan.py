@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from surefoot import decide
 from surefoot.config import FLAGS, Config
-from surefoot.decide import Choice
 from surefoot.errors import BackendError, PlanError, joined
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
+from surefoot.rules.desk import Choice, Desk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +142,8 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs) -> Plan:
         PlanError: every contradiction and every wrong path at once, each with its way out.
         BackendError: --strict_backend and the backend asked for cannot run.
     """
-    desk = decide.Desk(config=config, machine=machine, inputs=inputs, problems=list(inputs.problems), notes=list(config.notes))
-    decided = desk.all()
+    desk = Desk(config=config, machine=machine, inputs=inputs, problems=list(inputs.problems), notes=list(config.notes))
+    decided = decide.decisions(desk)
     choices = tuple(decided.values()) + tuple(
         Choice(name, getattr(config, name), config.source(name), "")
         for name in FLAGS

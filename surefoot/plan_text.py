@@ -7,8 +7,8 @@ import json
 import textwrap
 from typing import Any
 
-from surefoot.decide import Choice
 from surefoot.plan import Plan
+from surefoot.rules.desk import Choice
 
 HEADINGS = ("choice", "value", "source", "reason")
 

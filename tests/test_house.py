@@ -21,6 +21,8 @@ ROOMS = ["surefoot.data", "surefoot.backends", "surefoot.training"]  # level 3
 
 
 def level(module: str) -> int:
+    if module.startswith("surefoot.rules"):
+        return 2
     if any(module == room or module.startswith(f"{room}.") for room in ROOMS):
         return 3
     return next(number for number, modules in LEVELS.items() if module in modules)

@@ -1,0 +1,127 @@
+"""How the base model is loaded and what is trained: quantization, backend, precision, adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from surefoot.machine import Gpu
+from surefoot.rules.desk import Choice, Desk
+
+
+def quantization(desk: Desk) -> Choice:
+    c, m = desk.config, desk.machine
+    kind = "nf4" if c.load_4bit else "int8" if c.load_8bit else "none"
+    flag = "load_4bit" if c.load_4bit else "load_8bit"
+    if c.load_4bit and c.load_8bit:
+        desk.problems.append("--load_4bit=True and --load_8bit=True exclude each other. Give one of them")
+    elif kind != "none" and not m.has("bitsandbytes"):
+        desk.problems.append(f"--{flag}=True needs bitsandbytes, which is not installed: pip install 'surefoot[bnb]'")
+    if kind != "none" and c.adapter_name == "full":
+        desk.problems.append(f"--adapter_name=full cannot train quantized weights: drop --{flag}, or use --adapter_name=dora")
+    if kind == "int8" and c.adapter_name == "dora" and not m.gpus:
+        desk.problems.append(
+            "--load_8bit=True with --adapter_name=dora fails on a CPU (bitsandbytes 0.50 has no weight gradient there). "
+            "Use --load_4bit=True, or --adapter_name=lora"
+        )
+    if kind == "nf4" and c.adapter_name == "dora" and m.zero_stage == 3:
+        desk.problems.append(
+            "QDoRA (--load_4bit=True --adapter_name=dora) fails under ZeRO-3: DeepSpeed 0.19 cannot partition Params4bit. "
+            "Use profiles/ddp.yaml, or --adapter_name=lora"
+        )
+    reason = "NF4, double quantization" if kind == "nf4" else "frozen weights keep their precision" if kind == "none" else ""
+    return Choice("quantization", kind, c.source(flag) if kind != "none" else "default", reason)
+
+
+def backend(desk: Desk, quantization: str) -> Choice:
+    c = desk.config
+    name = "hf" if quantization == "none" else "bnb"
+    why = "frozen weights are not quantized" if name == "hf" else "quantized weights are bitsandbytes'"
+    if c.backend == "unsloth":
+        desk.obstacle = "this version does not drive Unsloth yet"
+        reason = f"unsloth was asked for, but {desk.obstacle}: falling back to {name} ({why})"
+        desk.notes.append(reason)
+        return Choice("backend", name, "auto", reason)
+    if c.backend in ("auto", name):
+        return Choice("backend", name, c.source("backend") if c.backend != "auto" else "auto", why)
+    return Choice("backend", name, "auto", f"--backend={c.backend} was asked for, but {why}")
+
+
+def precision(desk: Desk) -> Choice:
+    c, m = desk.config, desk.machine
+    if c.bf16 and c.fp16:
+        desk.problems.append("--bf16=True and --fp16=True exclude each other. Give one of them, or neither to have it chosen")
+    if c.fp16 and not m.gpus:
+        desk.problems.append("--fp16=True has no effect on a CPU: the libraries ignore it silently. Use --bf16=True, or neither for fp32")
+    if c.bf16 and m.gpu and m.gpu.capability < (8, 0):
+        desk.problems.append(f"--bf16=True needs compute capability 8.0; {m.gpu.name} has {_version(m.gpu)}. Use --fp16=True")
+    asked = "bf16" if c.bf16 else "fp16" if c.fp16 else "fp32" if c.bf16 is False or c.fp16 is False else None
+    if m.launcher_precision in ("bf16", "fp16") and asked not in (None, m.launcher_precision):
+        desk.problems.append(
+            f"the launcher's profile says mixed_precision: {m.launcher_precision}, the flags say {asked}. "
+            "Change one of them, or set mixed_precision: 'no' in the profile and let the flags decide"
+        )
+    if (c.bf16 is False and c.fp16 is None) or (c.fp16 is False and c.bf16 is None):
+        return Choice("precision", "fp32", c.source("bf16" if c.bf16 is False else "fp16"), "autocast switched off")
+    if asked:
+        return Choice("precision", asked, c.source("bf16" if c.bf16 else "fp16"), "autocast over fp32 master weights")
+    if m.launcher_precision in ("bf16", "fp16"):
+        return Choice("precision", m.launcher_precision, "profile", "mixed_precision of the launcher's profile")
+    if m.gpu is None:
+        return Choice("precision", "fp32", "auto", "no GPU")
+    if m.gpu.capability >= (8, 0):
+        return Choice("precision", "bf16", "auto", f"{m.gpu.name} has bf16 (compute capability {_version(m.gpu)})")
+    return Choice("precision", "fp16", "auto", f"{m.gpu.name} has no bf16 (compute capability {_version(m.gpu)} < 8.0)")
+
+
+def compute_dtype(desk: Desk, quantization: str, precision: str) -> Choice:
+    if quantization == "none":
+        return Choice("compute_dtype", precision, "auto", "as precision")
+    if precision == "fp16" or (precision == "fp32" and desk.config.given("bf16")):
+        return Choice("compute_dtype", precision, "auto", "as precision")
+    return Choice("compute_dtype", "bf16", "auto", "products of quantized weights")
+
+
+def method(desk: Desk) -> Iterator[Choice]:
+    c = desk.config
+    source = c.source("adapter_name")
+    method = "lora" if c.adapter_name == "rslora" else c.adapter_name
+    is_rslora = c.use_rslora or c.adapter_name == "rslora"
+    if method == "full":
+        named = [name for name in ("lora_r", "lora_alpha", "target_modules", "init_lora_weights", "use_rslora") if c.given(name)]
+        if named:
+            desk.notes.append(f"--adapter_name=full trains every weight: --{', --'.join(named)} have no effect")
+    if method == "dora" and c.lora_dropout > 0:
+        desk.notes.append(f"DoRA with lora_dropout={c.lora_dropout:g} computes each base product twice; --lora_dropout=0 is faster")
+    if c.lora_dropout >= 1:
+        desk.problems.append(f"--lora_dropout={c.lora_dropout:g} must be below 1")
+    yield Choice("method", method, source, "")
+    root = "alpha / sqrt(r)" if is_rslora else "alpha / r"
+    scale = c.lora_alpha / (c.lora_r**0.5 if is_rslora else c.lora_r)
+    yield Choice("use_rslora", is_rslora, c.source("use_rslora") if c.use_rslora else source, f"scale {root} = {scale:g}")
+
+
+def initial_weights(desk: Desk, quantization: str) -> Choice:
+    c = desk.config
+    init = c.init_lora_weights
+    kind = init if isinstance(init, str) else ""
+    if kind == "eva":
+        desk.problems.append(
+            "--init_lora_weights=eva takes its directions from training rows before the run, which is not built. Use pissa"
+        )
+    if kind == "loftq":
+        desk.problems.append("--init_lora_weights=loftq makes its own quantized base, which is not built. Use --load_4bit=True with True")
+    if kind.startswith(("pissa", "olora")) and quantization != "none":
+        desk.problems.append(
+            f"--init_lora_weights={init} splits the base weights and needs the unquantized weights. Drop --load_4bit/--load_8bit"
+        )
+    return desk.as_given("init_lora_weights")
+
+
+def targets(desk: Desk) -> Choice:
+    if desk.config.target_modules:
+        return desk.as_given("target_modules")
+    return Choice("target_modules", None, "auto", "every linear layer but the head")
+
+
+def _version(gpu: Gpu) -> str:
+    return ".".join(str(part) for part in gpu.capability)

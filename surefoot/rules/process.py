@@ -41,7 +41,7 @@ def _refuse_overwriting(desk: Desk) -> None:
 
 
 def environment(desk: Desk) -> Choice:
-    """Variables for programs that read them: W&B, mlflow and trackio take their project there, CUDA its debugging switches."""
+    """Variables for programs that read them: W&B, mlflow and trackio take their project there, cuBLAS its workspace."""
     c, env = desk.config, {}
     if c.wandb_project:
         env["WANDB_PROJECT"] = c.wandb_project
@@ -51,8 +51,6 @@ def environment(desk: Desk) -> Choice:
         env["WANDB_LOG_MODEL"] = c.wandb_log_model
     if not c.wandb_online:
         env["WANDB_MODE"] = "offline"
-    if c.debug:
-        env |= {"CUDA_LAUNCH_BLOCKING": "1", "TORCH_USE_CUDA_DSA": "1"}
     if c.deterministic:
         env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS keeps one result per shape only with a fixed workspace
     return Choice("environment", env, "auto", "")

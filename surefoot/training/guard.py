@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from surefoot.errors import BackendError, NumericsError
 
@@ -26,6 +27,13 @@ def check_masters(model: Any) -> None:
             f"{len(wrong)} trainable tensors are not fp32 under this engine, first {wrong[0]}: master weights must be. "
             "Use profiles/ddp.yaml, or set bf16: enabled: false in the DeepSpeed configuration"
         )
+
+
+class Masters(TrainerCallback):  # type: ignore[misc]
+    """check_masters() on the model as the engine made it: DeepSpeed and FSDP may cast it while they prepare it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        check_masters(model)
 
 
 def check_gradient(norm: float, step: int) -> None:

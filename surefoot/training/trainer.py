@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from surefoot.errors import BackendError
 from surefoot.plan import Plan, TrainPlan
-from surefoot.training.guard import Movement, check_gradient, check_masters
+from surefoot.training.guard import Masters, Movement, check_gradient
 from surefoot.training.metrics import Ledger, Meter, duration, peak_memory_gib
 
 NO_DECAY = ("lora_magnitude_vector", "bias", "norm")
@@ -96,7 +96,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
     trainer.meter = Meter(model, gpu.name if gpu else None, plan.machine.world_size)
     resumes = plan.output.resume_from is not None
     trainer.add_callback(Ledger(Path(plan.output.folder) / "metrics.jsonl", trainer.meter, resumes=resumes))
-    check_masters(model)
+    trainer.add_callback(Masters())
     movement = Movement(model)
     began = time.perf_counter()
     try:

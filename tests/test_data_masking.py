@@ -46,7 +46,7 @@ def trained_runs(tokenizer: Any, row: Encoded) -> list[str]:
         ({"instruction": "the cat", "output": "  the mat \n"}, "alpaca", ["  the mat \n" + EOS]),
         ({"prompt": "the cat", "completion": " sat on"}, "auto", [" sat on" + EOS]),
         ({"prompt": "the c", "completion": "at"}, "auto", [" cat" + EOS]),
-        ({"prompt": "é 猫", "completion": "🐈‍⬛ é"}, "auto", ["🐈‍⬛ é" + EOS]),
+        ({"prompt": "é 猫", "completion": "\U0001f408‍⬛ é"}, "auto", ["\U0001f408‍⬛ é" + EOS]),
         ({"text": "the cat sat"}, "auto", ["the cat sat" + EOS]),
         (TWO, "auto", ["one<|eot_id|>", "two<|eot_id|>" + EOS]),
     ],
@@ -170,8 +170,6 @@ def test_row_when_only_its_first_token_is_trained_then_is_not_trainable() -> Non
 def test_small_model_when_its_tokenizer_encodes_then_answers_are_exact() -> None:
     from tests.conftest import SMALL_MODEL
 
-    if not (SMALL_MODEL / "tokenizer.json").is_file():
-        pytest.skip("examples/small_model is not there")
     tokenizer = AutoTokenizer.from_pretrained(SMALL_MODEL)
     encoded = encode(tokenizer, {"instruction": "Which? answer1 answer2", "output": "the correct answer is answer1"}, "alpaca_indented")
     assert trained_runs(tokenizer, encoded) == [" the correct answer is answer1" + tokenizer.eos_token]

@@ -206,8 +206,6 @@ def test_percent_when_nearly_all_or_none_then_does_not_say_all_or_none(part: int
 def test_commonsense_sample_when_shipped_then_every_answer_is_trained() -> None:
     from tests.conftest import TRAIN_ROWS
 
-    if not TRAIN_ROWS.is_file():
-        pytest.skip("examples/data is not there")
     data = prepare(dataclasses.replace(plan(str(TRAIN_ROWS)), cutoff_len=4096), TOKENIZER)
     answers = [json.loads(line)["output"] for line in TRAIN_ROWS.read_text().splitlines()]
     trained = [TOKENIZER.decode([label for label in row["labels"] if label != -100]) for row in data.train]

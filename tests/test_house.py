@@ -11,7 +11,15 @@ from tests.conftest import ROOT
 
 LEVELS = {
     0: ["surefoot.errors"],
-    1: ["surefoot.config", "surefoot.compat", "surefoot.run_file", "surefoot.stages", "surefoot.machine", "surefoot.inputs"],
+    1: [
+        "surefoot.config",
+        "surefoot.flag_values",
+        "surefoot.compat",
+        "surefoot.run_file",
+        "surefoot.stages",
+        "surefoot.machine",
+        "surefoot.inputs",
+    ],
     2: ["surefoot.decide", "surefoot.plan", "surefoot.plan_text"],
     3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.evaluate"],
     4: ["surefoot.run", "surefoot.cli"],

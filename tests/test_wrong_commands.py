@@ -14,6 +14,7 @@ import pytest
 import finetune
 from surefoot import config as configs
 from surefoot.config import FLAGS
+from surefoot.flag_values import kinds
 from tests.conftest import SMALL_MODEL, TRAIN_ROWS
 
 ROW = {"instruction": "Say five.", "output": "five"}
@@ -26,13 +27,13 @@ def misspelt(name: str) -> str:
 
 
 def numeric(name: str) -> bool:
-    return bool({int, float} & set(configs.kinds(FLAGS[name]))) and str not in configs.kinds(FLAGS[name])
+    return bool({int, float} & set(kinds(FLAGS[name]))) and str not in kinds(FLAGS[name])
 
 
 TYPOS = [[f"--{misspelt(name)}=1"] for name in PLAIN]
 NO_VALUE = [[f"--{name}"] for name in FLAGS if not configs.takes_bool(name)]
 NOT_A_NUMBER = [[f"--{name}=many"] for name in PLAIN if numeric(name)]
-NOT_A_BOOL = [[f"--{name}=perhaps"] for name in PLAIN if configs.kinds(FLAGS[name]) == (bool,)]
+NOT_A_BOOL = [[f"--{name}=perhaps"] for name in PLAIN if kinds(FLAGS[name]) == (bool,)]
 NOT_A_CHOICE = [[f"--{name}=zzz"] for name in PLAIN if FLAGS[name].metadata["choices"]]
 TOO_SMALL = [[f"--{name}=-7"] for name in PLAIN if FLAGS[name].metadata["low"] is not None]
 CONFLICTS = [

@@ -98,7 +98,8 @@ def _batches(rows: list[dict[str, str]], tokenizer: Any, pad_token_id: int) -> t
 
     plan = DataPlan(
         data_path=(str(HELDOUT_ROWS),), data_split="train", val_data_path=None, val_set_size=0, val_set_size_is_default=False,
-        cutoff_len=1024, overlong="error", prompt_style="alpaca", text_field="text", train_on_inputs=False, seed=0,
+        cutoff_len=1024, overlong="error", prompt_style="alpaca", text_field="text", train_on_inputs=False,
+        audit="warn", cache_dir=None, seed=0,
     )  # fmt: skip
     held = prepare(plan, tokenizer).train
     return [held[index] for index in range(len(rows))], Collator(pad_token_id=pad_token_id)

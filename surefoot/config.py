@@ -57,6 +57,13 @@ class Config:
     train_on_inputs: bool = _flag(False, "data", "train on the prompt too (the older scripts' default)")
     group_by_length: bool = _flag(False, "data", "batch rows of like length: less padding")
     dataloader_num_workers: int = _flag(0, "data", "processes that collate batches", low=0)
+    audit: str = _flag(
+        "fail",
+        "data",
+        "what too many lost or sick rows do: fail ends the run before the model is loaded (exit 3)",
+        choices=("fail", "warn"),
+    )
+    data_cache: bool = _flag(True, "data", "keep the tokenised rows for the next run, in SUREFOOT_CACHE or ~/.cache/surefoot")
 
     batch_size: int = _flag(128, "training", "rows per optimizer step, over all processes and accumulation", low=1)
     per_device_train_batch_size: int = _flag(4, "training", "rows per forward pass of a process", low=1)
@@ -77,6 +84,8 @@ class Config:
     optim: str = _flag(
         "auto", "training", "optimizer", choices=("auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit")
     )
+    max_bad_steps: int = _flag(3, "training", "end the run (exit 4) after so many skipped non-finite steps in a row", low=1)
+    loss_spike: str = _flag("warn", "training", "what a sudden rise of the loss does", choices=("warn", "stop", "off"))
     seed: int = _flag(42, "training", "of the split, the order, the adapter and dropout", low=0)
 
     bf16: bool | None = _flag(None, "precision and speed", "bf16 autocast over fp32 master weights; default: where the hardware has it")

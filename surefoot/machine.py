@@ -41,6 +41,7 @@ class Machine:
     engine: str = "single"
     zero_stage: int | None = None
     launcher_precision: str = "no"
+    cache_dir: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -74,6 +75,7 @@ def probe() -> Machine:
         engine=_engine(),
         zero_stage=_number(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")),
         launcher_precision=env.get("ACCELERATE_MIXED_PRECISION", "no"),
+        cache_dir=str(_cache_dir()),
     )
 
 
@@ -113,6 +115,12 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _cache_dir() -> Path:
+    """Where verdicts on this machine and tokenised rows are kept between runs."""
+    env = os.environ
+    return Path(env.get("SUREFOOT_CACHE") or Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surefoot")
 
 
 def _memory_gib() -> float:

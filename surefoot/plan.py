@@ -55,6 +55,8 @@ class DataPlan:
     prompt_style: str
     text_field: str
     train_on_inputs: bool
+    audit: str
+    cache_dir: str | None  # None: nothing is kept
     seed: int
 
 
@@ -83,6 +85,8 @@ class TrainPlan:
     save_step: int
     save_total_limit: int | None
     load_best_model_at_end: bool
+    max_bad_steps: int
+    loss_spike: str
     logging_steps: int
     report_to: tuple[str, ...]
     run_name: str | None
@@ -158,7 +162,12 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs) -> Plan:
         backend=values["backend"],
         model=_pick(ModelPlan, config, path=inputs.model_path, **values),
         adapter=_pick(AdapterPlan, config, **values),
-        data=_pick(DataPlan, config, val_set_size_is_default=not config.given("val_set_size")),
+        data=_pick(
+            DataPlan,
+            config,
+            val_set_size_is_default=not config.given("val_set_size"),
+            cache_dir=machine.cache_dir if config.data_cache else None,
+        ),
         train=_pick(TrainPlan, config, **values),
         process=_pick(ProcessPlan, config, **values),
         output=OutputPlan(folder=config.output_dir, clears_earlier_run=config.overwrite, resume_from=values["resume_from"]),

@@ -39,6 +39,7 @@ def plan(*paths: str, **changes: Any) -> DataPlan:
     values: dict[str, Any] = {
         "data_path": paths, "data_split": "train", "val_data_path": None, "val_set_size": 0, "val_set_size_is_default": False,
         "cutoff_len": 256, "overlong": "drop", "prompt_style": "auto", "text_field": "text", "train_on_inputs": False, "seed": 42,
+        "audit": "warn", "cache_dir": None,
     }  # fmt: skip
     return DataPlan(**{**values, **changes})
 

@@ -35,7 +35,7 @@ def reference_losses(rows: Path, adapter: str) -> list[float]:
     pad = tokens.settle(tokenizer)
     plan = DataPlan(
         data_path=(str(rows),), data_split="train", val_data_path=None, val_set_size=0, val_set_size_is_default=False, cutoff_len=512,
-        overlong="drop", prompt_style="auto", text_field="text", train_on_inputs=False, seed=42,
+        overlong="drop", prompt_style="auto", text_field="text", train_on_inputs=False, audit="warn", cache_dir=None, seed=42,
     )  # fmt: skip
     data = prepare(plan, tokenizer).train
     batch = Collator(pad_token_id=pad.token_id)([data[index] for index in range(len(data))])

@@ -13,6 +13,7 @@ from surefoot.errors import BackendError
 from surefoot.plan import AdapterPlan
 
 ADAPTER = "default"
+EMPTY_ROW = 1e-6  # of the mean row norm: far below bf16's rounding of the other rows' outputs
 
 
 def attach(model: Any, plan: AdapterPlan, seed: int) -> Any:
@@ -60,15 +61,34 @@ def reset_magnitudes(model: PeftModel) -> None:
     """Sets each magnitude m [out] to the row norm of W + s BA [out, in], in fp32, so that the model starts as its base (DoRA, section 4.1).
 
     PEFT takes the norm in the base's dtype: from bf16 weights m is off by up to 2^-8 and the first step is not the identity.
+    A row that is zero altogether gets a tiny row of B first: m / norm would be 0/0, here and in every program that loads the adapter.
     """
     for layer in model.modules():
         if not isinstance(layer, LoraLayer) or ADAPTER not in layer.lora_magnitude_vector:
             continue
-        weight = dequantize_module_weight(layer.get_base_layer()).float()
-        product = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
-        norm = torch.linalg.vector_norm(weight + layer.scaling[ADAPTER] * product.to(weight.device), dim=1)
+        norm = _row_norms(layer)
+        empty = norm == 0
+        if bool(empty.any()):
+            _start_empty_rows(layer, empty, float(norm.mean()))
+            norm = _row_norms(layer)
         magnitude = layer.lora_magnitude_vector[ADAPTER].weight
         magnitude.data = norm.to(device=magnitude.device, dtype=torch.float32)
+
+
+def _row_norms(layer: LoraLayer) -> torch.Tensor:
+    """The fp32 norm of each row of W + s BA."""
+    weight = dequantize_module_weight(layer.get_base_layer()).float()
+    product = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
+    norms: torch.Tensor = torch.linalg.vector_norm(weight + layer.scaling[ADAPTER] * product.to(weight.device), dim=1)
+    return norms
+
+
+def _start_empty_rows(layer: LoraLayer, empty: torch.Tensor, mean_norm: float) -> None:
+    """Gives B's `empty` rows one value, such that their row of s BA has EMPTY_ROW of the other rows' mean norm."""
+    columns = layer.lora_A[ADAPTER].weight.float().sum(dim=0)
+    value = EMPTY_ROW * (mean_norm or 1.0) / (abs(layer.scaling[ADAPTER]) * float(torch.linalg.vector_norm(columns)))
+    b = layer.lora_B[ADAPTER].weight
+    b.data[empty.to(b.device)] = value
 
 
 def compile_layers(model: Any) -> int:

@@ -29,9 +29,9 @@ def _decide(desk: Desk) -> Iterator[Choice]:
     yield from model.method(desk)
     yield model.targets(desk)
     yield model.initial_weights(desk, quantization.value)
-    kernels = attention.attention(desk)
-    yield kernels
-    yield from attention.sdpa(desk, kernels.value)
+    implementation = attention.implementation(desk)
+    yield implementation
+    yield from attention.kernels(desk, implementation.value)
     yield attention.compiling(desk)
     yield attention.checkpointing(desk)
     yield from training.batch(desk)

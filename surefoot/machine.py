@@ -42,6 +42,8 @@ class Machine:
     zero_stage: int | None = None
     launcher_precision: str = "no"
     cache_dir: str = ""
+    cpu_name: str = ""
+    driver: str | None = None
 
     @property
     def is_main(self) -> bool:
@@ -76,6 +78,8 @@ def probe() -> Machine:
         zero_stage=_number(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")),
         launcher_precision=env.get("ACCELERATE_MIXED_PRECISION", "no"),
         cache_dir=str(_cache_dir()),
+        cpu_name=_cpu_name(),
+        driver=_driver(),
     )
 
 
@@ -121,6 +125,22 @@ def _cache_dir() -> Path:
     """Where verdicts on this machine and tokenised rows are kept between runs."""
     env = os.environ
     return Path(env.get("SUREFOOT_CACHE") or Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surefoot")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's kernel module."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None
 
 
 def _memory_gib() -> float:

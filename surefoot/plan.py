@@ -11,7 +11,9 @@ from surefoot.config import FLAGS, Config
 from surefoot.errors import BackendError, PlanError, joined
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
+from surefoot.rules import attention
 from surefoot.rules.desk import Choice, Desk
+from surefoot.verdicts import Shape, Verdicts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +101,7 @@ class ProcessPlan:
 
     seed: int
     deterministic: bool
-    disable_cudnn_sdpa: bool
-    disable_flash_sdpa: bool
+    sdpa_kernels: tuple[str, ...]  # of cudnn, flash, efficient, math
     environment: dict[str, str]
 
 
@@ -121,6 +122,7 @@ class Plan:
     process: ProcessPlan
     output: OutputPlan
     machine: Machine
+    attention: Verdicts | None
     choices: tuple[Choice, ...]
     notes: tuple[str, ...]
 
@@ -139,14 +141,22 @@ def _pick(kind: type[T], config: Config, **decided: Any) -> T:
     return kind(**{**same, **{name: value for name, value in decided.items() if name in names}})
 
 
-def make_plan(config: Config, machine: Machine, inputs: Inputs) -> Plan:
+def attention_to_check(config: Config, machine: Machine, inputs: Inputs) -> Shape | None:
+    """What the attention canary must try before make_plan(); None where nothing but eager attention, or no GPU, is in question."""
+    return attention.to_check(Desk(config=config, machine=machine, inputs=inputs, problems=[], notes=[]))
+
+
+def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdicts | None = None) -> Plan:
     """All cross-field rules and every automatic choice.
+
+    Args:
+        verdicts: of the attention canary on this machine; None: nothing was checked.
 
     Raises:
         PlanError: every contradiction and every wrong path at once, each with its way out.
         BackendError: --strict_backend and the backend asked for cannot run.
     """
-    desk = Desk(config=config, machine=machine, inputs=inputs, problems=list(inputs.problems), notes=list(config.notes))
+    desk = Desk(config=config, machine=machine, inputs=inputs, verdicts=verdicts, problems=list(inputs.problems), notes=list(config.notes))
     decided = decide.decisions(desk)
     choices = tuple(decided.values()) + tuple(
         Choice(name, getattr(config, name), config.source(name), "")
@@ -172,6 +182,7 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs) -> Plan:
         process=_pick(ProcessPlan, config, **values),
         output=OutputPlan(folder=config.output_dir, clears_earlier_run=config.overwrite, resume_from=values["resume_from"]),
         machine=machine,
+        attention=verdicts,
         choices=choices,
         notes=tuple(desk.notes),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from surefoot.plan import Plan
 from surefoot.rules.desk import Choice
+from surefoot.verdicts import Verdicts
 
 HEADINGS = ("choice", "value", "source", "reason")
 
@@ -24,6 +25,7 @@ def table(plan: Plan, *, all_rows: bool, width: int = 120) -> str:
         lines += _row(row, widths, width)
     if len(shown) < len(plan.choices):
         lines.append(f"{len(plan.choices) - len(shown)} more at their defaults: --dry_run prints them")
+    lines += [_canary_line(plan.attention)] if plan.attention else []
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
@@ -38,6 +40,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
     return {
         "backend": plan.backend,
         **{part: dataclasses.asdict(getattr(plan, part)) for part in parts},
+        "attention": plan.attention.as_record() if plan.attention else None,
         "choices": [choice._asdict() for choice in plan.choices],
         "notes": list(plan.notes),
     }
@@ -48,6 +51,16 @@ def _machine_line(plan: Plan) -> str:
     gpus = f"{len(m.gpus)} x {m.gpus[0].name} ({m.gpus[0].memory_gib:.0f} GiB)" if m.gpus else f"no GPU, {m.cpu_count} CPU cores"
     stack = ", ".join(f"{name} {m.versions[name]}" for name in ("torch", "transformers", "peft") if m.has(name))
     return f"{m.hostname}: {gpus}; {m.world_size} process{'es' if m.world_size > 1 else ''} ({m.engine}); {stack}"
+
+
+def _canary_line(verdicts: Verdicts) -> str:
+    """What the attention canary found, one clause per backend and mask that it could try."""
+    tried = [verdict for verdict in verdicts.rows if verdict.state != "unavailable"]
+    found = [
+        f"{v.backend} {v.mask} " + (f"{v.error:.1g} in {v.milliseconds:.3g} ms" if v.state == "pass" else f"FAILED ({v.reason})")
+        for v in tried
+    ]
+    return f"attention canary ({verdicts.origin}): error against fp64 and time of a layer: {'; '.join(found)}"
 
 
 def _text(choice: Choice) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from surefoot import inputs, machine, plan_text, runtime
+from surefoot import inputs, machine, plan_text, runtime, verdicts
 from surefoot.config import Config
-from surefoot.plan import Plan, make_plan
+from surefoot.plan import Plan, attention_to_check, make_plan
 
 
 def run(config: Config) -> Path:
@@ -19,7 +19,11 @@ def run(config: Config) -> Path:
     if config.debug:
         runtime.debug_switches()
     here = machine.probe()
-    plan = make_plan(config, here, inputs.inspect(config))
+    found = inputs.inspect(config)
+    shape = attention_to_check(config, here, found)
+    plan = make_plan(
+        config, here, found, None if shape is None else verdicts.known(here, shape) if config.dry_run else verdicts.ask(here, shape)
+    )
     if here.is_main:
         print(plan_text.as_json(plan) if config.plan_json else plan_text.table(plan, all_rows=config.dry_run), flush=True)
     if not config.dry_run:
@@ -29,7 +33,7 @@ def run(config: Config) -> Path:
 
 def carry_out(plan: Plan, *, say: Any) -> None:
     """Everything that needs torch, in order. The run folder is touched only once rows and model are good."""
-    from surefoot import adapters, artifacts, tokens
+    from surefoot import adapters, artifacts, tokens, weights
     from surefoot.backends import hf
     from surefoot.data import prepare, rows
     from surefoot.training import trainer
@@ -41,12 +45,15 @@ def carry_out(plan: Plan, *, say: Any) -> None:
     data = prepare.prepare(plan.data, tokenizer, shows_progress=plan.machine.is_main)
     say("\n".join(data.report.lines()))
     model = hf.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)
+    zero_rows = weights.zero_rows(model, plan.adapter.target_modules)
+    if zero_rows:
+        say(weights.describe(zero_rows, plan.adapter.method))
     model = adapters.attach(model, plan.adapter, plan.process.seed)
     say(adapters.describe(model))
     if plan.model.enable_torch_compile:
         say(f"torch.compile: {adapters.compile_layers(model)} decoder layers, compiled at their first step")
     with artifacts.opened(plan) as folder:
-        folder.note(pad=pad._asdict())
+        folder.note(pad=pad._asdict(), zero_rows=zero_rows)
         folder.note_data(data.report.as_record())
         summary = trainer.train(plan, model, tokenizer, data, rows.Collator(pad_token_id=pad.token_id))
         folder.check_saved()

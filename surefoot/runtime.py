@@ -22,12 +22,21 @@ def apply(plan: ProcessPlan) -> None:
     import torch
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    torch.backends.cuda.enable_cudnn_sdp(not plan.disable_cudnn_sdpa)
-    torch.backends.cuda.enable_flash_sdp(not plan.disable_flash_sdpa)
+    quiet()
+    torch.backends.cuda.enable_cudnn_sdp("cudnn" in plan.sdpa_kernels)
+    torch.backends.cuda.enable_flash_sdp("flash" in plan.sdpa_kernels)
+    torch.backends.cuda.enable_mem_efficient_sdp("efficient" in plan.sdpa_kernels)
+    torch.backends.cuda.enable_math_sdp("math" in plan.sdpa_kernels)
     if plan.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     transformers.set_seed(plan.seed)
+
+
+def quiet() -> None:
+    """transformers says nothing below an error, and draws bars only on a terminal."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()

@@ -44,6 +44,14 @@ def inputs(**changes: object) -> Inputs:
     return Inputs(**{**values, **changes})  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 64 shortest shipped rows."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:64]) + "\n")
+    return path
+
+
 @pytest.fixture
 def finetune(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python finetune.py` with the given words in a real process; `env` adds variables."""

@@ -14,39 +14,8 @@ import pytest
 import torch
 
 from finetune import train
-from tests.conftest import ROOT, SMALL_MODEL, TRAIN_ROWS
-
-QUICK = {
-    "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "batch_size": 8, "per_device_train_batch_size": 4, "learning_rate": 2e-3,
-    "max_steps": 6, "warmup_steps": 1, "val_set_size": 8, "eval_step": 3, "save_step": 3, "logging_steps": 1, "report_to": "none",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 64 shortest shipped rows."""
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:64]) + "\n")
-    return path
-
-
-def quick(**changes: object) -> dict[str, Any]:
-    return {"base_model": SMALL_MODEL, "adapter_name": "dora", **QUICK, **changes}
-
-
-def words(flags: dict[str, Any]) -> list[str]:
-    return [f"--{name}={value}" for name, value in flags.items()]
-
-
-def logs(folder: Path, key: str) -> list[float]:
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [entry[key] for entry in entries if key in entry]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
+from tests.conftest import ROOT, SMALL_MODEL
+from tests.runs import logs, quick, tensors, words
 
 
 @pytest.fixture(scope="session")

@@ -1,43 +1,190 @@
-"""The guard, by breaking the thing on purpose: a bf16 magnitude, a gradient that is not finite, an optimizer that moves nothing."""
+"""Finite or stop: bad steps are skipped, named, kept and replayed, and a run of them ends; and what counts as a spike."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from surefoot import adapters
-from surefoot.backends import hf
-from surefoot.errors import BackendError, NumericsError
-from surefoot.training.guard import Masters, Movement, check_gradient
-from tests.test_adapters import adapter_plan, model_plan
+from finetune import train
+from surefoot.errors import NumericsError
+from surefoot.training.guard import Guard, StepNumbers
+from tests.conftest import ROOT
+from tests.runs import logs, quick, tensors
+
+NAN, INF = float("nan"), float("inf")
+
+
+def guard(losses: Sequence[float] = (), **changes: Any) -> Guard:
+    made = Guard(max_bad_steps=3, processes=1, **changes)
+    for loss in losses:
+        made.accept(StepNumbers(loss, 1.0, 10))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("numbers", "complaint"),
+    [
+        ((1.0, 0.5, 9), None), ((1.0, 0.5, None), None), ((NAN, 0.5, 9), "the loss is nan"), ((1.0, INF, 9), "the gradient norm is inf"),
+        ((1.0, NAN, 9), "the gradient norm is nan"), ((NAN, NAN, 0), "no token of the batch is trained"), ((-INF, 1.0, None), "the loss is -inf"),
+    ],
+)  # fmt: skip
+def test_step_when_a_number_is_not_finite_then_says_which(numbers: tuple[float, float, int | None], complaint: str | None) -> None:
+    assert StepNumbers(*numbers).complaint() == complaint
+
+
+def test_step_when_only_the_fp16_scale_overflowed_then_is_the_scalers_business() -> None:
+    assert StepNumbers(1.0, INF, 9).complaint(may_overflow=True) is None
+    assert StepNumbers(NAN, INF, 9).complaint(may_overflow=True) == "the loss is nan"
+
+
+def test_numbers_when_measured_then_are_the_windows_sum_and_norm() -> None:
+    one = guard()
+    for loss in (0.5, 0.25):
+        one.collect({}, torch.tensor([0]), torch.tensor(loss), {})
+    assert one.measure(torch.tensor(2.0), torch.tensor(7)) == StepNumbers(0.75, 2.0, 7)
+    one.window[0] = one.window[0]._replace(loss=torch.tensor(INF))
+    one.window[1] = one.window[1]._replace(loss=torch.tensor(-INF))
+    assert one.measure(2.0, None).complaint() == "the loss is nan"
+
+
+@pytest.mark.parametrize(
+    ("losses", "loss", "is_spike"),
+    [
+        ([1.0 + 0.01 * (step % 5) for step in range(32)], 1.5, True), ([1.0 + 0.01 * (step % 5) for step in range(32)], 1.05, False),
+        ([1.0] * 32, 1.1, False), ([1.0] * 32, 1.2, True), ([1.0] * 15, 100.0, False), ([3.0 - 0.05 * step for step in range(40)], 1.1, False),
+        ([1.0, 2.0] * 16, 3.0, False), ([1.0] * 32, 0.1, False),
+    ],
+    ids=["jump", "usual", "flat_small", "flat_large", "too_early", "falling", "noisy", "fall"],
+)  # fmt: skip
+def test_loss_when_far_above_the_recent_median_then_is_a_spike(losses: list[float], loss: float, is_spike: bool) -> None:
+    text = guard(losses).spike(loss)
+    assert (text is not None) is is_spike
+    assert text is None or "robust deviations above" in text
+
+
+def test_rejected_steps_when_broken_by_a_good_one_then_are_counted_anew() -> None:
+    one = guard()
+    assert [one.reject(step) for step in (1, 2)] == [False, False]
+    one.accept(StepNumbers(1.0, 1.0, 5))
+    assert [one.reject(step) for step in (4, 5, 6)] == [False, False, True]
+    assert one.bad_steps == [1, 2, 4, 5, 6]
+
+
+class NanGradient(torch.autograd.Function):
+    """Right forward, NaN backward: what cuDNN 9.19 does."""
+
+    @staticmethod
+    def forward(context: Any, query: torch.Tensor) -> torch.Tensor:
+        return query.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * NAN
 
 
 @pytest.fixture
-def model() -> torch.nn.Module:
-    return adapters.attach(hf.load_model(model_plan(), 0, None), adapter_plan(), seed=1)
+def sick_sdpa(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Makes transformers' sdpa attention return NaN gradients for batches wider than a number of tokens."""
+    real = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def install(width: int) -> None:
+        def sick(module: Any, query: torch.Tensor, *rest: Any, **named: Any) -> Any:
+            return real(module, NanGradient.apply(query) if query.shape[2] > width else query, *rest, **named)
+
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = sick
+
+    yield install
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = real
 
 
-def test_masters_when_the_engine_cast_a_magnitude_then_stop_the_run(model: torch.nn.Module) -> None:
-    Masters().on_train_begin(None, None, None, model=model)
-    name, magnitude = next((name, parameter) for name, parameter in model.named_parameters() if "magnitude" in name)
-    magnitude.data = magnitude.data.to(torch.bfloat16)
-    with pytest.raises(BackendError) as caught:
-        Masters().on_train_begin(None, None, None, model=model)
-    assert f"{name} (bfloat16)" in str(caught.value)
+@pytest.fixture
+def rows_with_one_long(rows: Path, tmp_path: Path) -> Path:
+    lines = rows.read_text().splitlines()[:23]
+    long = {"instruction": "Say five. " * 40, "output": "five"}
+    path = tmp_path / "one_long.jsonl"
+    path.write_text("\n".join([*lines, json.dumps(long)]) + "\n")
+    return path
 
 
-@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_gradient_when_not_finite_then_stops_before_the_step(norm: float) -> None:
-    check_gradient(1.0, 5)
-    with pytest.raises(NumericsError, match="left as after step 4"):
-        check_gradient(norm, 5)
+def test_bad_step_when_one_batch_is_sick_then_is_skipped_named_kept_and_replayed(
+    sick_sdpa: Callable[[int], None], rows_with_one_long: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sick_sdpa(200)
+    flags = quick(attn_implementation="sdpa", val_set_size=0, max_steps=3, eval_strategy="no", cutoff_len=512)
+    folder = train(data_path=rows_with_one_long, output_dir=tmp_path / "run", **flags)
+    said = capfd.readouterr().out
+    record = json.loads((folder / "run.json").read_text())
+    (step,) = record["summary"]["bad_steps"]
+    assert f"step {step} skipped: the gradient norm is nan; first in base_model.model.model.layers.3.self_attn.q_proj" in said
+    kept = json.loads((folder / f"bad_steps/step-{step}/record.json").read_text())
+    assert kept["culprit"]["phase"] == "backward"
+    assert f"{rows_with_one_long}:24" in kept["ranks"][0]["rows"]
+    assert len(kept["ranks"][0]["rows"]) == 4  # the guilty micro-batch of two, not the whole step
+    losses = [loss for loss in logs(folder, "loss") if isinstance(loss, float)]
+    assert len(losses) == 2
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(folder).values())
+    import scripts.replay_batch as replay_batch
+
+    results = replay_batch.run(replay_batch.read(folder / f"bad_steps/step-{step}"), "")
+    states = {result.backend: result.state for result in results}
+    assert states["eager"] == "finite"
+    assert states["sdpa_math"] == states["sdpa_flash"] == "not finite"
+    text = replay_batch.finding(results, replay_batch.read(folder / f"bad_steps/step-{step}"))
+    assert text.startswith("at fault: sdpa_flash, sdpa_math (first in base_model.model.model.layers.3")
 
 
-def test_movement_when_some_or_no_tensor_moved_then_names_or_refuses(model: torch.nn.Module) -> None:
-    movement = Movement(model)
-    with pytest.raises(NumericsError, match="nothing was learned"):
-        movement.check(model)
-    name, parameter = next((name, parameter) for name, parameter in model.named_parameters() if "lora_B" in name)
-    parameter.data += 1e-3
-    assert name not in movement.check(model)
-    assert len(movement.check(model)) == len(movement.before) - 1
+def test_bad_steps_when_too_many_in_a_row_then_stops_with_the_last_good_state(
+    sick_sdpa: Callable[[int], None],
+    rows: Path,
+    tmp_path: Path,
+) -> None:
+    good = train(data_path=rows, output_dir=tmp_path / "good", **quick(attn_implementation="sdpa", max_steps=3, save_step=3))
+    shutil.copytree(good, tmp_path / "run")
+    folder = tmp_path / "run"
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    sick_sdpa(0)
+    with pytest.raises(NumericsError, match=r"step 5: the gradient norm is nan.*2 steps in a row.*replay_batch"):
+        train(
+            data_path=rows, output_dir=folder, resume=True, **quick(attn_implementation="sdpa", max_steps=9, save_step=3, max_bad_steps=2)
+        )
+    last = tensors(folder / "checkpoint-5")
+    assert all(torch.equal(tensor, last[name]) for name, tensor in tensors(folder / "checkpoint-3").items())
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+
+
+def test_replay_when_every_backend_gives_it_then_attention_is_not_at_fault(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(NumericsError):
+        train(
+            data_path=rows, output_dir=tmp_path / "run", **quick(adapter_name="lora", learning_rate=1e18, max_grad_norm=0, warmup_steps=0)
+        )
+    (step, *_) = sorted((tmp_path / "run/bad_steps").iterdir())
+    done = subprocess.run([sys.executable, str(ROOT / "scripts/replay_batch.py"), str(step)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "attention is not at fault" in done.stdout
+    wrong = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/replay_batch.py"), str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert wrong.returncode == 2
+    assert "is no kept step" in wrong.stderr
+
+
+def test_loss_spike_when_it_is_to_stop_then_ends_before_the_step(
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("surefoot.training.guard.SPIKE_HISTORY", 2)
+    monkeypatch.setattr("surefoot.training.guard.SPIKE_SCORE", -1e9)
+    with pytest.raises(NumericsError, match=r"step 3: loss .* and --loss_spike=stop"):
+        train(data_path=rows, output_dir=tmp_path / "run", **quick(loss_spike="stop"))
+    assert json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())["global_step"] == 3

@@ -33,7 +33,7 @@ class Rows(torch.utils.data.Dataset[dict[str, NDArray[Any]]]):
             raise IndexError(f"row {index} of {len(self)}")
         start, end = self.offsets[index % len(self)], self.offsets[index % len(self) + 1]
         ids = self.ids[start:end]
-        return {"input_ids": ids, "labels": np.where(self.trained[start:end], ids, np.int32(IGNORED))}
+        return {"input_ids": ids, "labels": np.where(self.trained[start:end], ids, np.int32(IGNORED)), "row": index % len(self)}
 
     def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
         return (self[index] for index in range(len(self)))
@@ -42,6 +42,9 @@ class Rows(torch.utils.data.Dataset[dict[str, NDArray[Any]]]):
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         return [int(length) for length in np.diff(self.offsets)]
+
+    def where(self, index: int) -> str:
+        return f"row:{index}"
 
     def digest(self) -> str:
         """SHA-256 of tokens, mask and row borders."""
@@ -71,4 +74,9 @@ class Collator:
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             input_ids[index, :length] = torch.from_numpy(np.array(row["input_ids"], dtype=np.int64))
             labels[index, :length] = torch.from_numpy(np.array(row["labels"], dtype=np.int64))
-        return {"input_ids": input_ids, "labels": labels, "lengths": torch.tensor(lengths, dtype=torch.int64)}
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "lengths": torch.tensor(lengths, dtype=torch.int64),
+            "rows": torch.tensor([row["row"] for row in rows]),
+        }

@@ -1,44 +1,141 @@
-"""Attention, its kernels, compile and recompute: what the stage sets and single flags override."""
+"""Attention, its kernels, compile and recompute: what the stage sets, single flags override, and the attention canary allows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+from surefoot.rules import model
 from surefoot.rules.desk import Choice, Desk
+from surefoot.verdicts import SDPA_KERNELS, Shape
+
+LADDER = ("flash_attention_2", "sdpa", "eager")  # fast to plain; a rung that cannot be used gives way to the next
 
 
-def attention(desk: Desk) -> Choice:
-    c, m = desk.config, desk.machine
-    fallback = None
-    if not m.gpus:
-        fallback = "needs a CUDA GPU"
-    elif not m.has("flash-attn"):
-        fallback = "is not installed (pip install flash-attn --no-build-isolation)"
-    if c.attn_implementation is not None:
-        if c.attn_implementation == "flash_attention_2" and fallback:
-            desk.problems.append(f"--attn_implementation=flash_attention_2 {fallback}. Use --attn_implementation=sdpa, or eager")
-        return desk.as_given("attn_implementation")
-    wanted = desk.stage.attn_implementation
-    if wanted == "flash_attention_2" and fallback:
-        return Choice("attn_implementation", "sdpa", f"stage {c.stage}", f"flash_attention_2 {fallback}")
-    return Choice("attn_implementation", wanted, f"stage {c.stage}", "")
+def to_check(desk: Desk) -> Shape | None:
+    """The shape for the canary, None where eager is asked for, there is no GPU, or the model does not say its heads."""
+    if not desk.machine.gpus or _wanted(desk) == "eager" or desk.inputs.model_config is None:
+        return None
+    found = _model(desk)
+    heads = found.get("num_attention_heads")
+    size = found.get("head_dim") or (found["hidden_size"] // heads if heads and found.get("hidden_size") else None)
+    if not heads or not size:
+        return None
+    return Shape(
+        heads=heads,
+        kv_heads=found.get("num_key_value_heads") or heads,
+        head_dim=size,
+        dtype=model.precision(desk).value,
+        length=-(-desk.config.cutoff_len // 8) * 8,
+        rows=desk.config.per_device_train_batch_size,
+    )
 
 
-def sdpa(desk: Desk, attention: str) -> Iterator[Choice]:
+def implementation(desk: Desk) -> Choice:
     c = desk.config
-    has_effect = attention == "sdpa" and bool(desk.machine.gpus)
+    wanted, missing = _wanted(desk), _missing(desk)
+    given = c.attn_implementation is not None
+    source = c.source("attn_implementation") if given else f"stage {c.stage}"
+    if given and wanted == "flash_attention_2" and missing:
+        desk.problems.append(f"--attn_implementation=flash_attention_2 {missing}. Use --attn_implementation=sdpa, or eager")
+        return desk.as_given("attn_implementation")
+    reasons = []
+    for name in LADDER[LADDER.index(wanted) :]:
+        obstacle = missing if name == "flash_attention_2" and missing else _failure(desk, name)
+        if not obstacle:
+            break
+        reasons.append(f"{name} {obstacle}")
+    else:
+        desk.problems.append(f"no attention gives right gradients on this machine: {'; '.join(reasons)}. See scripts/doctor.py")
+        return desk.as_given("attn_implementation")
+    if reasons and given:
+        desk.notes.append(f"--attn_implementation={wanted} is not used: {'; '.join(reasons)}. Stepping down to {name}")
+    return Choice("attn_implementation", name, source if name == wanted else "auto" if given else source, "; ".join(reasons))
+
+
+def _wanted(desk: Desk) -> str:
+    return desk.config.attn_implementation or desk.stage.attn_implementation
+
+
+def _missing(desk: Desk) -> str | None:
+    """Why flash_attention_2 cannot run at all."""
+    if not desk.machine.gpus:
+        return "needs a CUDA GPU"
+    return None if desk.machine.has("flash-attn") else "is not installed (pip install flash-attn --no-build-isolation)"
+
+
+def _failure(desk: Desk, name: str) -> str:
+    """What the canary has against an implementation; sdpa stands as long as one of its kernels does."""
+    if desk.verdicts is None:
+        return ""
+    backends = [f"sdpa_{kernel}" for kernel in SDPA_KERNELS] if name == "sdpa" else [name]
+    obstacles = [desk.verdicts.obstacle(backend, _masks(desk)) for backend in backends]
+    return "" if "" in obstacles else f"failed the canary ({'; '.join(obstacles)})"
+
+
+def _model(desk: Desk) -> dict[str, Any]:
+    """The text model's part of config.json."""
+    found = desk.inputs.model_config or {}
+    text = found.get("text_config")
+    return text if isinstance(text, dict) else found
+
+
+def _masks(desk: Desk) -> tuple[str, ...]:
+    """The masks that attention meets in training: none but the causal flag, unless the model has sliding windows shorter than a row."""
+    found = _model(desk)
+    window = found.get("sliding_window") if found.get("use_sliding_window", True) else None
+    return ("causal", "explicit") if isinstance(window, int) and window < desk.config.cutoff_len else ("causal",)
+
+
+def kernels(desk: Desk, implementation: str) -> Iterator[Choice]:
+    """Which of SDPA's kernels may run."""
+    c = desk.config
+    has_effect = implementation == "sdpa" and bool(desk.machine.gpus)
     idle = "" if has_effect else "no effect: only sdpa attention on a GPU reads it"
-    given = c.disable_cudnn_sdpa
-    off = desk.stage.disable_cudnn_sdpa if given is None else given
-    source = c.source("disable_cudnn_sdpa") if given is not None else f"stage {c.stage}"
-    if has_effect and not off:
+    off, source, reason = _cudnn(desk)
+    if has_effect and not off and desk.verdicts is None:
         desk.notes.append(
             "cuDNN attention is on and nothing has checked it on this machine: with torch 2.11 to 2.14 its gradients are NaN "
             "for some lengths when a mask is passed (pytorch/pytorch#196678)"
         )
-    reason = "" if given is not None else "until a check of this machine clears cuDNN's kernels"
     yield Choice("disable_cudnn_sdpa", off, source, idle or reason)
     yield Choice("disable_flash_sdpa", c.disable_flash_sdpa, c.source("disable_flash_sdpa"), idle)
+    barred = {"cudnn": "disable_cudnn_sdpa"} if off else {}
+    barred |= {"flash": "disable_flash_sdpa"} if c.disable_flash_sdpa else {}
+    barred |= {kernel: why for kernel in SDPA_KERNELS if kernel not in barred and (why := _kernel_failure(desk, kernel))}
+    allowed = tuple(kernel for kernel in SDPA_KERNELS if kernel not in barred)
+    yield Choice("sdpa_kernels", allowed, "auto", idle or "; ".join(f"{kernel} off: {why}" for kernel, why in barred.items()))
+
+
+def _kernel_failure(desk: Desk, kernel: str) -> str:
+    """Why a kernel gives wrong numbers here; one that merely does not take a case is never chosen for it."""
+    found = [desk.verdicts.of(f"sdpa_{kernel}", mask) for mask in _masks(desk)] if desk.verdicts else []
+    return next((f"{v.mask}: {v.reason}" for v in found if v is not None and v.state == "fail"), "")
+
+
+def _cudnn(desk: Desk) -> tuple[bool, str, str]:
+    """Whether cuDNN's kernel is off, by whose word, and why."""
+    c, v = desk.config, desk.verdicts
+    failure = _kernel_failure(desk, "cudnn")
+    if c.disable_cudnn_sdpa is not None:
+        if failure and not c.disable_cudnn_sdpa:
+            desk.notes.append(f"--disable_cudnn_sdpa=False is not followed: the canary found {failure}")
+            return True, "auto", failure
+        return c.disable_cudnn_sdpa, c.source("disable_cudnn_sdpa"), ""
+    source = f"stage {c.stage}"
+    if desk.stage.disable_cudnn_sdpa is not None:
+        return desk.stage.disable_cudnn_sdpa, source, "" if desk.stage.disable_cudnn_sdpa else "as the stage says"
+    if v is None:
+        return True, source, "until the canary has run on this machine"
+    if not v.passes("sdpa_cudnn", _masks(desk)):
+        return True, source, f"canary: {v.obstacle('sdpa_cudnn', _masks(desk))}"
+    ours, flash = v.of("sdpa_cudnn", "causal"), v.of("sdpa_flash", "causal")
+    if ours and flash and ours.milliseconds and flash.milliseconds and flash.state == "pass":
+        ratio = flash.milliseconds / ours.milliseconds
+        if ratio < 1:
+            return True, source, f"canary: right, but takes {1 / ratio:.2f} times flash's time"
+        return False, source, f"canary: right, and {ratio:.2f} times as fast as flash; no mask is passed in training"
+    return False, source, "canary: right; no mask is passed in training"
 
 
 def compiling(desk: Desk) -> Choice:

@@ -9,6 +9,7 @@ from surefoot.config import Config
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
 from surefoot.stages import STAGES, Stage
+from surefoot.verdicts import Verdicts
 
 
 class Choice(NamedTuple):
@@ -24,7 +25,7 @@ class Choice(NamedTuple):
 class Desk:
     """What the rules read, and what they write down: `problems` stop the plan, `notes` are printed with it.
 
-    obstacle says why the backend asked for cannot run, where that only matters to --strict_backend.
+    obstacle says why the backend asked for cannot run, where that only matters to --strict_backend. verdicts are the attention canary's.
     """
 
     config: Config
@@ -33,6 +34,7 @@ class Desk:
     problems: list[str]
     notes: list[str]
     obstacle: str | None = field(default=None)
+    verdicts: Verdicts | None = field(default=None)
 
     @property
     def stage(self) -> Stage:

@@ -1,71 +1,137 @@
-"""A run that cannot go wrong quietly: trainable tensors are fp32, gradients are finite, and the adapter has moved at the end."""
+"""Finite or stop: before optimizer.step every rank learns the step's loss, gradient norm and trained tokens, and all decide alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from transformers import TrainerCallback
 
-from surefoot.errors import BackendError, NumericsError
-
-
-def trainable(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def check_masters(model: Any) -> None:
-    """Raises BackendError for a trainable tensor that is not fp32: in bf16 magnitudes do not move (huggingface/trl#7268)."""
-    wrong = [
-        f"{name} ({str(parameter.dtype).removeprefix('torch.')})"
-        for name, parameter in trainable(model)
-        if parameter.dtype != torch.float32
-    ]
-    if wrong:
-        raise BackendError(
-            f"{len(wrong)} trainable tensors are not fp32 under this engine, first {wrong[0]}: master weights must be. "
-            "Use profiles/ddp.yaml, or set bf16: enabled: false in the DeepSpeed configuration"
-        )
+SPIKE_WINDOW = 64  # losses a new one is compared with
+SPIKE_HISTORY = 16  # losses needed before one is called a spike
+SPIKE_SCORE = 8.0  # robust deviations above the median
+SPIKE_FLOOR = 0.02  # of the median: the least that counts as one deviation, for losses that hardly vary
+GAUSSIAN = 1.4826  # median absolute deviation to standard deviation, for normal data (Iglewicz and Hoaglin 1993)
 
 
-class Masters(TrainerCallback):  # type: ignore[misc]
-    """check_masters() on the model as the engine made it: DeepSpeed and FSDP may cast it while they prepare it."""
+class MicroBatch(NamedTuple):
+    """One forward pass of the step: its inputs, which rows they are, its loss (on the device), and the random state before it."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        check_masters(model)
-
-
-def check_gradient(norm: float, step: int) -> None:
-    """Raises NumericsError for a gradient norm that is not finite, before the optimizer uses it."""
-    if norm != norm or norm in (float("inf"), float("-inf")):
-        raise NumericsError(
-            f"step {step}: the gradient norm is {norm}; the weights were left as after step {step - 1}. "
-            "Lower --learning_rate, use --attn_implementation=eager, or continue from the last checkpoint with --resume"
-        )
+    inputs: dict[str, torch.Tensor]
+    rows: torch.Tensor
+    loss: torch.Tensor
+    random: dict[str, torch.Tensor]
 
 
-class Movement:
-    """Remembers a digest of every trainable tensor to tell at the end which ones moved."""
+class StepNumbers(NamedTuple):
+    """Of one optimizer step over all ranks: mean loss, gradient norm before clipping, trained tokens (None where nobody counts them)."""
 
-    def __init__(self, model: Any) -> None:
-        self.before = {name: _digest(parameter) for name, parameter in trainable(model)}
+    loss: float
+    grad_norm: float
+    tokens: int | None
 
-    def check(self, model: Any) -> list[str]:
-        """The names of the tensors that did not move.
+    def complaint(self, *, may_overflow: bool = False) -> str | None:
+        """What is wrong with them, None when the optimizer may use them.
 
-        Raises:
-            NumericsError: none moved.
+        Args:
+            may_overflow: an infinite norm is the loss scaler's business (fp16 finds its scale by overflowing).
         """
-        still = [name for name, parameter in trainable(model) if self.before.get(name) == _digest(parameter)]
-        if len(still) == len(self.before):
-            raise NumericsError(
-                f"nothing was learned: none of the {len(still)} trainable tensors changed. With one or two steps the warm-up keeps "
-                "the learning rate at 0; use --warmup_steps=0 or more steps"
-            )
-        return still
+        if self.tokens == 0:
+            return "no token of the batch is trained"
+        if not _is_finite(self.loss):
+            return f"the loss is {self.loss}"
+        if not _is_finite(self.grad_norm) and not may_overflow:
+            return f"the gradient norm is {self.grad_norm}"
+        return None
 
 
-def _digest(tensor: torch.Tensor) -> tuple[float, float]:
-    values = tensor.detach().double()
-    return float(values.sum()), float(values.square().sum())
+@dataclass(kw_only=True)
+class Guard:
+    """Holds the micro-batches of the step under way, and what became of the earlier ones."""
+
+    max_bad_steps: int
+    processes: int
+    window: list[MicroBatch] = field(default_factory=list)
+    in_a_row: int = 0
+    bad_steps: list[int] = field(default_factory=list)
+    spikes: list[int] = field(default_factory=list)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
+    unlogged: list[float] = field(default_factory=list)
+    total: float = 0.0
+    good_steps: int = 0
+
+    def collect(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor, loss: torch.Tensor, random: dict[str, torch.Tensor]) -> None:
+        self.window.append(MicroBatch(inputs, rows, loss, random))
+
+    def measure(self, grad_norm: Any, tokens: torch.Tensor | None) -> StepNumbers:
+        """The step's numbers, the same on every rank.
+
+        One all-reduce of two fp32 numbers and one copy to the host: a NaN or an infinity of any rank survives the sum.
+
+        Args:
+            grad_norm: of this rank, a scalar tensor or a number.
+            tokens: of all ranks, an integer scalar.
+        """
+        device = self.window[-1].loss.device
+        loss = torch.stack([batch.loss.float() for batch in self.window]).sum()
+        norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=device)
+        numbers = torch.stack([loss, norm])
+        if self.processes > 1:
+            torch.distributed.all_reduce(numbers)
+            numbers /= self.processes
+        count = -1 if tokens is None else tokens
+        loss_, norm_, count_ = torch.cat([numbers.double(), torch.as_tensor(count, device=device).double().reshape(1)]).tolist()
+        return StepNumbers(loss_, norm_, None if tokens is None else int(count_))
+
+    def accept(self, numbers: StepNumbers) -> None:
+        self.in_a_row = 0
+        self.good_steps += 1
+        self.total += numbers.loss
+        self.recent.append(numbers.loss)
+        self.unlogged.append(numbers.loss)
+
+    def reject(self, step: int) -> bool:
+        """Counts a bad step; True when it is one too many in a row."""
+        self.in_a_row += 1
+        self.bad_steps.append(step)
+        return self.in_a_row >= self.max_bad_steps
+
+    def spike(self, loss: float) -> str | None:
+        """Says so when the loss stands far above the median of the recent ones (robust z-score)."""
+        if len(self.recent) < SPIKE_HISTORY:
+            return None
+        median = statistics.median(self.recent)
+        deviation = GAUSSIAN * statistics.median(abs(value - median) for value in self.recent)
+        score = (loss - median) / max(deviation, SPIKE_FLOOR * abs(median), 1e-12)
+        if score < SPIKE_SCORE:
+            return None
+        return f"loss {loss:.4f} is {score:.1f} robust deviations above {median:.4f}, the median of the last {len(self.recent)} steps"
+
+    def take_mean_loss(self) -> float:
+        """The mean loss of the good steps since the last call, NaN where there was none."""
+        mean = statistics.fmean(self.unlogged) if self.unlogged else float("nan")
+        self.unlogged.clear()
+        return mean
+
+    @property
+    def mean_loss(self) -> float:
+        """Over all good steps."""
+        return self.total / self.good_steps if self.good_steps else float("nan")
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of torch's generators, from which dropout is drawn."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def restore_random(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _is_finite(number: float) -> bool:
+    return number - number == 0.0

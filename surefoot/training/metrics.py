@@ -116,16 +116,27 @@ class Ledger(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if not state.is_world_process_zero:
             return
+        entry = {"step": state.global_step, **{name: _plain(value) for name, value in logs.items()}, "time": round(time.time(), 3)}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs, "time": round(time.time(), 3)}) + "\n")
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
         line = log_line(state.global_step, state.max_steps, logs)
         if line:
-            self.bar.write(line) if self.bar is not None else print(line, flush=True)
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal that leaves the bar whole."""
+        self.bar.write(text) if self.bar is not None else print(text, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.pause()
         if self.bar is not None:
             self.bar.close()
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity; they are written as text."""
+    number = float(value) if torch.is_tensor(value) else value
+    return str(number) if isinstance(number, float) and not math.isfinite(number) else number
 
 
 FORMATS = {

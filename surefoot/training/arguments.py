@@ -1,0 +1,67 @@
+"""The plan's training part as transformers' arguments; everything in it was decided there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from surefoot.plan import Plan, TrainPlan
+
+
+def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
+    """TrainingArguments of a plan.
+
+    Args:
+        evaluates: False when the data were too few to hold rows out, which only their reading tells.
+    """
+    t = plan.train
+    arguments = TrainingArguments(
+        output_dir=plan.output.folder,
+        per_device_train_batch_size=t.per_device_train_batch_size,
+        per_device_eval_batch_size=t.per_device_eval_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        num_train_epochs=t.num_epochs,
+        max_steps=t.max_steps,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.lr_scheduler_type,
+        warmup_steps=t.warmup,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        optim=t.optim,
+        bf16=t.precision == "bf16",
+        fp16=t.precision == "fp16",
+        gradient_checkpointing=plan.model.use_gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.model.use_gradient_checkpointing else None,
+        use_cpu=not plan.machine.gpus,
+        logging_steps=t.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=list(t.report_to) or "none",
+        run_name=t.run_name,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        train_sampling_strategy="group_by_length" if t.group_by_length else "random",
+        dataloader_num_workers=t.dataloader_num_workers,
+        ddp_find_unused_parameters=False,
+        seed=t.seed,
+        full_determinism=False,
+        **_schedule(t, evaluates),
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would silently become nn.DataParallel
+    return arguments
+
+
+def _schedule(t: TrainPlan, evaluates: bool) -> dict[str, Any]:
+    takes_best = t.load_best_model_at_end and evaluates
+    return {
+        "eval_strategy": t.eval_strategy if evaluates else "no",
+        "eval_steps": t.eval_step,
+        "save_strategy": t.save_strategy,
+        "save_steps": t.save_step,
+        "save_total_limit": t.save_total_limit,
+        "load_best_model_at_end": takes_best,
+        "metric_for_best_model": "eval_loss" if takes_best else None,
+        "greater_is_better": False if takes_best else None,
+    }

@@ -1,0 +1,201 @@
+"""SurefootTrainer: transformers' Trainer that judges each step before the optimizer uses it, and saves only what is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from transformers import Trainer
+
+from surefoot.errors import NumericsError
+from surefoot.training import bad_steps
+from surefoot.training.bad_steps import Culprit
+from surefoot.training.guard import Guard, MicroBatch, StepNumbers, random_state
+from surefoot.training.health import is_decayed
+from surefoot.training.metrics import Ledger
+
+UNPLACED = 8  # micro-batches kept per rank where none of them turns out bad when it is run again
+
+
+class SurefootTrainer(Trainer):  # type: ignore[misc]
+    """Set `ledger`, `guard`, `engine` (single, ddp, deepspeed, fsdp) and `loss_spike` (warn, stop, off) before train().
+
+    A step whose loss or gradient norm is not finite, or that trains no token, leaves the weights as they are and is kept in
+    bad_steps/. `stop_reason` says why the loop was ended before its time.
+    """
+
+    ledger: Ledger
+    guard: Guard
+    engine: str
+    loss_spike: str
+    stop_reason: str | None = None
+    _tokens: torch.Tensor | None = None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self.ledger.meter.count(int(inputs.pop("lengths").sum()))
+        rows, random = inputs.pop("rows"), random_state()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._tokens = num_items_in_batch
+        scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        self.guard.collect({**inputs, **scale}, rows, loss, random)
+        return loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        del inputs["lengths"], inputs["rows"]
+        return super().prediction_step(model, inputs, *rest, **named)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        return [name for name, _ in model.named_parameters() if is_decayed(name)]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        # DeepSpeed drops an empty group and then fails on its length (LoRA without magnitudes has no undecayed tensor)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The last thing before optimizer.step, on every rank: where the step is judged."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        numbers = self.guard.measure(norm, self._tokens)
+        complaint = numbers.complaint(may_overflow=self._scaler_copes(numbers))
+        if complaint is None:
+            self._check_spike(numbers.loss)
+        if complaint is None and self.stop_reason is None:
+            self.guard.accept(numbers)
+        else:
+            self._drop_gradients(model)
+        if complaint is not None:
+            self._skip(numbers, complaint)
+        self.guard.window.clear()
+        return norm
+
+    def _scaler_copes(self, numbers: StepNumbers) -> bool:
+        """fp16's loss scaler meets infinities on purpose and skips those steps itself, until its scale has nothing left to give."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and (abs(numbers.grad_norm) < float("inf") or scaler.get_scale() >= 1.0)
+
+    def _drop_gradients(self, model: Any) -> None:
+        """Makes optimizer.step a step of nothing: no update, no decay, no moment changes."""
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def _check_spike(self, loss: float) -> None:
+        text = self.guard.spike(loss) if self.loss_spike != "off" else None
+        if text is None:
+            return
+        step = self.state.global_step + 1
+        self.guard.spikes.append(step)
+        self._say(f"step {step}: {text}")
+        if self.loss_spike == "stop":
+            self._stop(
+                f"step {step}: {text}, and --loss_spike=stop. The weights before it are in the newest checkpoint. "
+                "Look at its rows, lower --learning_rate, or go on with --resume --loss_spike=warn"
+            )
+
+    def _skip(self, numbers: StepNumbers, complaint: str) -> None:
+        step = self.state.global_step + 1
+        if self.engine == "deepspeed":  # its engine has stepped inside backward
+            raise NumericsError(
+                f"step {step}: {complaint}, and DeepSpeed has used it already. Continue from the last checkpoint with --resume, "
+                "with a lower --learning_rate or --attn_implementation=eager"
+            )
+        is_last_straw = self.guard.reject(step)
+        culprit, kept = self._record(numbers, complaint)
+        where = f"; first in {culprit.module} ({culprit.phase})" if culprit else ""
+        self._say(f"step {step} skipped: {complaint}{where}" + (f"; kept in {kept}" if kept else ""))
+        if is_last_straw or (culprit is not None and culprit.phase == "weights"):
+            self._stop(
+                f"step {step}: {complaint}{where}, {_times(self.guard.in_a_row)}. The weights are those of the last good step"
+                + (
+                    " and not finite. Go back to an earlier checkpoint"
+                    if culprit and culprit.phase == "weights"
+                    else ", saved as a checkpoint"
+                )
+                + ". Lower --learning_rate, use --attn_implementation=eager"
+                + (f", or find the cause: python scripts/replay_batch.py {kept}" if kept else ""),
+                saves=culprit is None or culprit.phase != "weights",
+            )
+
+    def _stop(self, reason: str, *, saves: bool = True) -> None:
+        self.stop_reason = reason
+        self.control.should_save = saves
+        self.control.should_training_stop = True
+
+    def _record(self, numbers: StepNumbers, complaint: str) -> tuple[Culprit | None, Path | None]:
+        """Finds the cause on each rank, gathers, and writes on rank 0; every rank gets the same culprit."""
+        culprit, batches = self._find() if numbers.tokens != 0 else (None, self.guard.window[:1])
+        mine = {
+            "rank": self.accelerator.process_index,
+            "rows": [self.train_dataset.where(int(row)) for batch in batches for row in batch.rows],
+            "culprit": culprit,
+            "files": [bad_steps.as_files(batch) for batch in batches] if culprit or self.is_world_process_zero() else [],
+        }
+        reports = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+        guilty = [report for report in reports if report["culprit"]] or reports
+        first = guilty[0]["culprit"]
+        kept = None
+        if self.is_world_process_zero():
+            record = {
+                "step": self.state.global_step + 1, "reason": complaint, "loss": str(numbers.loss), "grad_norm": str(numbers.grad_norm),
+                "trained_tokens": numbers.tokens, "culprit": first._asdict() if first else None,
+                "ranks": [{"rank": report["rank"], "rows": report["rows"]} for report in guilty],
+            }  # fmt: skip
+            folder = Path(self.args.output_dir)
+            with (folder / "bad_steps.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            model = self.accelerator.unwrap_model(self.model)
+            files = [(report["rank"], tensors) for report in guilty for tensors in report["files"]]
+            kept = bad_steps.keep(folder, record, files, model)
+        return first, kept
+
+    def _find(self) -> tuple[Culprit | None, list[MicroBatch]]:
+        """This rank's first bad micro-batch and its culprit, or no culprit and the micro-batches that must hold it."""
+        window = sorted(self.guard.window, key=lambda batch: bool(torch.isfinite(batch.loss)))  # bad losses first
+        if self.engine in ("single", "ddp"):
+            model = self.accelerator.unwrap_model(self.model)
+            for batch in window:
+                culprit = bad_steps.rerun(model, batch, self.compute_loss_context_manager).culprit
+                if culprit is not None:
+                    return culprit, [batch]
+        return None, window[:UNPLACED]
+
+    def _say(self, text: str) -> None:
+        if self.is_world_process_zero():
+            self.ledger.say(text)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["loss"] = self.guard.take_mean_loss()
+            logs |= self.ledger.meter.take(self.state.max_steps - self.state.global_step)
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **named: Any) -> dict[str, float]:
+        self.ledger.meter.pause()
+        try:
+            return dict(super().evaluate(*args, **named))
+        finally:
+            self.ledger.meter.start()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.ledger.meter.pause()
+        super()._save_checkpoint(model, trial)
+        self.ledger.meter.start()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if isinstance(self.model, PeftModel):
+            # embedding rows stay out of an adapter: they are frozen, and a PAD row is never read
+            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        else:
+            self.model.config.use_cache = True  # off for training only; generation from these files wants it
+            self.model.save_pretrained(folder, state_dict=state_dict)
+            self.model.config.use_cache = False
+        self.processing_class.save_pretrained(folder)
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} steps in a row"

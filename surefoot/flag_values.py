@@ -37,8 +37,7 @@ def convert(flag: dataclasses.Field[Any], raw: Any) -> Any:
     Raises:
         UsageError: flag, value given, rule.
     """
-    optional = type(None) in typing.get_args(flag.type)
-    if optional and (raw is None or (isinstance(raw, str) and raw.strip().lower() in ("", "none", "null"))):
+    if type(None) in typing.get_args(flag.type) and _is_none(flag, raw):
         return None
     for kind in kinds(flag):
         value = _as(kind, raw)
@@ -47,6 +46,12 @@ def convert(flag: dataclasses.Field[Any], raw: Any) -> Any:
             return value
     wanted = " or ".join(_KIND_WORDS.get(kind, "a list of words") for kind in kinds(flag))
     raise UsageError(f"--{flag.name}={raw} must be {wanted}")
+
+
+def _is_none(flag: dataclasses.Field[Any], raw: Any) -> bool:
+    """None, or a word for it that is not one of the flag's own choices (--report_to=none)."""
+    word = raw.strip().lower() if isinstance(raw, str) else raw
+    return raw is None or (word in ("", "none", "null") and word not in flag.metadata["choices"])
 
 
 _KIND_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}

@@ -26,6 +26,7 @@ def parse(**flags: object) -> Config:
         ("init_lora_weights", "pissa", "pissa"), ("init_lora_weights", "True", True), ("init_lora_weights", "pissa_niter_4", "pissa_niter_4"),
         ("use_gradient_checkpointing", "unsloth", "unsloth"), ("resume_from_checkpoint", "out/checkpoint-8", "out/checkpoint-8"),
         ("report_to", "wandb,tensorboard", ("wandb", "tensorboard")),
+        ("report_to", "none", ("none",)),
     ],
 )  # fmt: skip
 def test_parse_when_text_or_value_is_good_then_has_its_type(flag: str, text: object, value: object) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +52,29 @@ def inspect(config: Config) -> Inputs:
     _check_prompt(config.prompt_style, problems)
     folder = _run_folder(Path(config.output_dir), problems)
     stamp = folder.stamp
+    if folder.checkpoints and (config.resume or config.resume_from_checkpoint is True):
+        _check_checkpoint("resume", Path(folder.checkpoints[-1]), problems)
     if isinstance(config.resume_from_checkpoint, str):
         checkpoint = Path(config.resume_from_checkpoint)
-        _check_checkpoint(checkpoint, problems)
+        _check_checkpoint("resume_from_checkpoint", checkpoint, problems)
         content = _json(checkpoint.parent / "backend.json")
         stamp = content if isinstance(content, dict) else None
     return Inputs(model_path=model_path, model_config=model_config, run_folder=folder, resume_stamp=stamp, problems=tuple(problems))
+
+
+def with_hub_config(found: Inputs, revision: str | None) -> Inputs:
+    """`found` with the config.json of a Hub model; as it was where it has one, or the Hub cannot give it (loading will say why)."""
+    if found.model_config is not None or found.problems:
+        return found
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        path = hf_hub_download(found.model_path, "config.json", revision=revision)
+    except (HfHubHTTPError, OSError, ValueError):
+        return found
+    content = _json(Path(path))
+    return dataclasses.replace(found, model_config=content) if isinstance(content, dict) else found
 
 
 def _looks_local(path: str) -> bool:
@@ -120,13 +139,20 @@ def _check_prompt(style: str, problems: list[str]) -> None:
     problems.append(f"--prompt_style={style} is neither auto, alpaca, alpaca_indented, chat, nor a Jinja file that exists")
 
 
-def _check_checkpoint(folder: Path, problems: list[str]) -> None:
+def _check_checkpoint(flag: str, folder: Path, problems: list[str]) -> None:
+    """Its state, weights and torch files must be whole; the files of a run that was killed while it saved are not."""
     state = _json(folder / "trainer_state.json")
     if state is None:
-        problems.append(f"--resume_from_checkpoint={folder} is not a checkpoint: it has no trainer_state.json")
+        problems.append(f"--{flag}={folder} is not a checkpoint: it has no trainer_state.json")
     elif not isinstance(state, dict):
-        problems.append(f"--resume_from_checkpoint={folder}: trainer_state.json is damaged ({state}). Take an earlier checkpoint")
-    _check_weights("resume_from_checkpoint", folder, problems)
+        problems.append(f"--{flag}={folder}: trainer_state.json is damaged ({state}). Take an earlier checkpoint (remove this one)")
+    for file in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
+        if not zipfile.is_zipfile(file):
+            problems.append(
+                f"--{flag}={folder}: {file.name} is cut off or damaged ({file.stat().st_size} bytes). "
+                "Take an earlier checkpoint (remove this one)"
+            )
+    _check_weights(flag, folder, problems)
 
 
 def _check_weights(flag: str, folder: Path, problems: list[str]) -> None:

@@ -20,14 +20,15 @@ def run(config: Config) -> Path:
         runtime.debug_switches()
     here = machine.probe()
     found = inputs.inspect(config)
+    if here.gpus and not config.dry_run:
+        found = inputs.with_hub_config(found, config.revision)
+    say = print_now if here.is_main else silent
     shape = attention_to_check(config, here, found)
-    plan = make_plan(
-        config, here, found, None if shape is None else verdicts.known(here, shape) if config.dry_run else verdicts.ask(here, shape)
-    )
-    if here.is_main:
-        print(plan_text.as_json(plan) if config.plan_json else plan_text.table(plan, all_rows=config.dry_run), flush=True)
+    checked = None if shape is None else verdicts.known(here, shape) if config.dry_run else verdicts.ask(here, shape, say=say)
+    plan = make_plan(config, here, found, checked)
+    say(plan_text.as_json(plan) if config.plan_json else plan_text.table(plan, all_rows=config.dry_run))
     if not config.dry_run:
-        carry_out(plan, say=print_now if here.is_main else silent)
+        carry_out(plan, say=say)
     return Path(plan.output.folder)
 
 

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,21 +95,31 @@ def known(machine: Machine, shape: Shape, backends: Sequence[str] = BACKENDS) ->
         return None
 
 
-def ask(machine: Machine, shape: Shape, backends: Sequence[str] = BACKENDS, *, fresh: bool = False) -> Verdicts:
-    """The kept verdicts, or those of a canary run now. Processes of one machine wait for the first one's answer."""
+def ask(
+    machine: Machine, shape: Shape, backends: Sequence[str] = BACKENDS, *, fresh: bool = False, say: Callable[[str], None] = lambda _: None
+) -> Verdicts:
+    """The kept verdicts, or those of a canary run now. Processes of one machine wait for the first one's answer.
+
+    Args:
+        fresh: measure again whatever is kept.
+        say: gets a line before a measurement, which takes some 15 s on a GPU.
+    """
     import filelock
 
     path = _path(machine, shape, backends)
+    text = "attention canary: trying the attention kernels of this machine at the run's shape (the answer is kept)"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock: Any = filelock.FileLock(path.with_suffix(".lock"))
         with lock:
             found = None if fresh else known(machine, shape, backends)
             if found is None:
+                say(text)
                 found = _measure(machine, shape, backends)
                 _keep(path, found)
             return found
-    except OSError:  # a cache folder that cannot be written: measured by each process, kept by none
+    except OSError as error:  # measured by each process, kept by none
+        say(f"{text[: text.index(' (')]}; the cache folder cannot be written: {error}")
         return _measure(machine, shape, backends)
 
 

@@ -84,6 +84,42 @@ def test_resume_when_continued_then_ends_with_the_same_adapter(rows: Path, train
     assert logs(folder, "loss")[-3:] == logs(trained, "loss")[-3:]
 
 
+DAMAGE = {
+    "adapter_model.safetensors": lambda raw: raw[:-100], "optimizer.pt": lambda raw: raw[: len(raw) // 2], "scheduler.pt": lambda raw: b"",
+    "trainer_state.json": lambda raw: raw[:50],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_resume_when_a_file_of_the_checkpoint_is_damaged_then_names_it(
+    finetune: Callable[..., Any], rows: Path, trained: Path, tmp_path: Path, name: str
+) -> None:
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps({**record, "status": "running"}))
+    file = tmp_path / "run/checkpoint-6" / name
+    file.write_bytes(DAMAGE[name](file.read_bytes()))
+    done = finetune(*words(quick(data_path=rows, output_dir="run", resume=True)))
+    assert done.returncode == 2
+    assert f"checkpoint-6: {name} is" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["run.json", "backend.json"])
+def test_run_when_a_record_is_damaged_then_names_it(
+    finetune: Callable[..., Any], rows: Path, trained: Path, tmp_path: Path, name: str
+) -> None:
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / name).write_text((trained / name).read_text()[:-30])
+    done = finetune(*words(quick(data_path=rows, output_dir="run", overwrite=True)))
+    assert done.returncode == 2
+    assert f"run/{name} is damaged" in done.stderr
+    assert (tmp_path / "run/adapter_model.safetensors").exists()
+
+
 def test_two_processes_when_launched_then_match_one(finetune: Callable[..., Any], rows: Path, trained: Path, tmp_path: Path) -> None:
     flags = words(quick(data_path=rows, output_dir=tmp_path / "ddp"))
     profile = ROOT / "profiles/cpu_2proc.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from finetune import train
 from surefoot.errors import NumericsError
 from surefoot.training.guard import Guard, StepNumbers
 from tests.conftest import ROOT
-from tests.runs import logs, quick, tensors
+from tests.runs import logs, quick, tensors, words
 
 NAN, INF = float("nan"), float("inf")
 
@@ -140,6 +141,46 @@ def test_bad_step_when_one_batch_is_sick_then_is_skipped_named_kept_and_replayed
     assert states["sdpa_math"] == states["sdpa_flash"] == "not finite"
     text = replay_batch.finding(results, replay_batch.read(folder / f"bad_steps/step-{step}"))
     assert text.startswith("at fault: sdpa_flash, sdpa_math (first in base_model.model.model.layers.3")
+
+
+SICK_RANK = """
+import os
+if os.environ.get("RANK") == "1":
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as attention
+    class NanGradient(torch.autograd.Function):
+        forward = staticmethod(lambda context, query: query.clone())
+        backward = staticmethod(lambda context, gradient: gradient * float("nan"))
+    real, calls = attention["sdpa"], []
+    def sick(module, query, *rest, **named):
+        calls.append(1)
+        query = NanGradient.apply(query) if query.requires_grad and 5 <= len(calls) <= 8 else query
+        return real(module, query, *rest, **named)
+    attention["sdpa"] = sick
+"""
+
+
+def test_bad_step_when_one_rank_is_sick_then_all_ranks_skip_it(rows: Path, tmp_path: Path) -> None:
+    """The second pass of rank 1, by count: the rerun that looks for the cause finds nothing, and the record says so."""
+    (tmp_path / "sitecustomize.py").write_text(SICK_RANK)
+    flags = words(quick(data_path=rows, output_dir=tmp_path / "run", attn_implementation="sdpa", max_steps=4, eval_strategy="no"))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "profiles/cpu_2proc.yaml"),
+        "--main_process_port=29547",
+    ]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([*launch, str(ROOT / "finetune.py"), *flags], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "step 2 skipped: the gradient norm is nan; kept in" in done.stdout
+    assert json.loads((tmp_path / "run/run.json").read_text())["summary"]["bad_steps"] == [2]
+    kept = json.loads((tmp_path / "run/bad_steps.jsonl").read_text())
+    assert kept["culprit"] is None
+    assert [rank["rank"] for rank in kept["ranks"]] == [0, 1]
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(tmp_path / "run").values())
 
 
 def test_bad_steps_when_too_many_in_a_row_then_stops_with_the_last_good_state(

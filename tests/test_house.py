@@ -19,13 +19,14 @@ LEVELS = {
         "surefoot.stages",
         "surefoot.machine",
         "surefoot.inputs",
+        "surefoot.verdicts",
     ],
     2: ["surefoot.decide", "surefoot.plan", "surefoot.plan_text"],
-    3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.evaluate"],
+    3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.evaluate", "surefoot.weights"],
     4: ["surefoot.run", "surefoot.cli"],
     5: ["finetune"],
 }
-ROOMS = ["surefoot.data", "surefoot.backends", "surefoot.training"]  # level 3
+ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.training"]  # level 3
 
 
 def level(module: str) -> int:

@@ -36,7 +36,7 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
     _tokens: torch.Tensor | None = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        self.ledger.meter.count(int(inputs.pop("lengths").sum()))
+        self.ledger.meter.count(inputs.pop("lengths"))
         rows, random = inputs.pop("rows"), random_state()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._tokens = num_items_in_batch
@@ -132,7 +132,7 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
             "rank": self.accelerator.process_index,
             "rows": [self.train_dataset.where(int(row)) for batch in batches for row in batch.rows],
             "culprit": culprit,
-            "files": [bad_steps.as_files(batch) for batch in batches] if culprit or self.is_world_process_zero() else [],
+            "files": [bad_steps.as_files(batch) for batch in batches],
         }
         reports = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
         guilty = [report for report in reports if report["culprit"]] or reports

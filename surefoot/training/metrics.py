@@ -57,8 +57,8 @@ class Meter:
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_tflops(gpu_name)
         self.processes = processes
-        self.tokens = 0
-        self.total_tokens = 0
+        self._tokens: int | torch.Tensor = 0  # on the device until it is asked for: reading it would make the host wait
+        self._earlier_tokens = 0
         self.seconds = 0.0
         self.steps = 0
         self._resumed_at: float | None = None
@@ -71,9 +71,12 @@ class Meter:
             self.seconds += time.perf_counter() - self._resumed_at
             self._resumed_at = None
 
-    def count(self, tokens: int) -> None:
-        self.tokens += tokens
-        self.total_tokens += tokens
+    def count(self, lengths: torch.Tensor) -> None:
+        self._tokens += lengths.sum()
+
+    @property
+    def total_tokens(self) -> int:
+        return self._earlier_tokens + int(self._tokens)
 
     def take(self, steps_left: int) -> dict[str, float]:
         """The figures since the last call; tokens_per_s is over all processes (taken as equally busy), mfu a fraction of one GPU's peak."""
@@ -82,12 +85,14 @@ class Meter:
             self.start()
         if not self.steps or not self.seconds:
             return {}
-        rate = self.tokens / self.seconds
+        tokens = int(self._tokens)
+        rate = tokens / self.seconds
         figures = {"tokens_per_s": rate * self.processes, "peak_memory_gib": peak_memory_gib()}
         if self.peak:
             figures["mfu"] = rate * self.flops_per_token / (self.peak * 1e12)
         figures["seconds_left"] = steps_left * self.seconds / self.steps
-        self.tokens, self.seconds, self.steps = 0, 0.0, 0
+        self._earlier_tokens += tokens
+        self._tokens, self.seconds, self.steps = 0, 0.0, 0
         return figures
 
 

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from surefoot.training.guard import MicroBatch, random_state, restore_random
+from surefoot.training.guard import MicroBatch, StepNumbers, random_state, restore_random
 
 FOLDER = "bad_steps"
-KEPT = 10  # folders: a run that meets more has one cause, which ten show
+KEPT = 10  # folders
 
 
 class Culprit(NamedTuple):
@@ -115,20 +115,82 @@ def from_files(tensors: dict[str, torch.Tensor], device: torch.device) -> MicroB
     return MicroBatch(inputs, tensors["rows"], tensors["loss"][0], random)
 
 
-def keep(run_folder: Path, record: dict[str, Any], batches: list[tuple[int, dict[str, torch.Tensor]]], model: Any) -> Path | None:
-    """Writes bad_steps/step-N: record.json, each rank's batches, and the adapter that met them; None when ten are there already.
+class Report(NamedTuple):
+    """What one rank found: the rows of its suspected micro-batches, the culprit where it found one, and as_files() of each micro-batch."""
+
+    rank: int
+    rows: list[str]
+    culprit: Culprit | None
+    files: list[dict[str, torch.Tensor]]
+
+
+class BadStep(NamedTuple):
+    """A skipped step. reports are those of the ranks that found a culprit, of all ranks where none did."""
+
+    step: int
+    complaint: str
+    numbers: StepNumbers
+    reports: list[Report]
+
+    @property
+    def culprit(self) -> Culprit | None:
+        return self.reports[0].culprit
+
+    @property
+    def is_hopeless(self) -> bool:
+        """The weights themselves are not finite: no later step can be."""
+        return self.culprit is not None and self.culprit.phase == "weights"
+
+    def cause(self) -> str:
+        return self.complaint + (f"; first in {self.culprit.module} ({self.culprit.phase})" if self.culprit else "")
+
+    def last_words(self, in_a_row: int, kept: Path | None) -> str:
+        """Why the run ends, and the ways out."""
+        times = "once" if in_a_row == 1 else f"{in_a_row} steps in a row"
+        state = (
+            "The weights are not finite: go back to an earlier checkpoint"
+            if self.is_hopeless
+            else "The weights are those of the last good step, saved as a checkpoint"
+        )
+        replay = f", or find the cause: python scripts/replay_batch.py {kept}" if kept else ""
+        return f"step {self.step}: {self.cause()}, {times}. {state}. Lower --learning_rate, use --attn_implementation=eager{replay}"
+
+    def as_record(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "reason": self.complaint,
+            "loss": str(self.numbers.loss),
+            "grad_norm": str(self.numbers.grad_norm),
+            "trained_tokens": self.numbers.tokens,
+            "culprit": self.culprit._asdict() if self.culprit else None,
+            "ranks": [{"rank": report.rank, "rows": report.rows} for report in self.reports],
+        }
+
+
+def gathered(step: int, complaint: str, numbers: StepNumbers, reports: list[Report]) -> BadStep:
+    """The bad step from the reports of all ranks."""
+    return BadStep(step, complaint, numbers, [report for report in reports if report.culprit] or reports)
+
+
+def keep(run_folder: Path, bad: BadStep, model: Any) -> Path | None:
+    """Adds a line to bad_steps.jsonl and writes bad_steps/step-N: record.json, the batches, and the adapter that met them.
+
+    Returns:
+        The folder; None when ten are there already, for one cause shows in ten.
 
     Args:
-        batches: rank and as_files() of a micro-batch.
         model: a PeftModel's adapter is saved beside the batches; other models are replayed from their newest checkpoint.
     """
-    folder = run_folder / FOLDER / f"step-{record['step']}"
+    with (run_folder / f"{FOLDER}.jsonl").open("a") as file:
+        file.write(json.dumps(bad.as_record()) + "\n")
+    folder = run_folder / FOLDER / f"step-{bad.step}"
     if folder.parent.is_dir() and len(list(folder.parent.glob("step-*"))) >= KEPT:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (rank, tensors) in enumerate(batches):
-        save_file(tensors, folder / f"batch-{number}-of-rank-{rank}.safetensors")
+    for report in bad.reports:
+        for number, tensors in enumerate(report.files):
+            save_file(tensors, folder / f"batch-{number}-of-rank-{report.rank}.safetensors")
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "record.json").write_text(json.dumps(bad.as_record(), indent=2) + "\n")
     return folder

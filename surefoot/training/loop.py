@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import Trainer
 
 from surefoot.errors import NumericsError
 from surefoot.training import bad_steps
-from surefoot.training.bad_steps import Culprit
+from surefoot.training.bad_steps import Culprit, Report
 from surefoot.training.guard import Guard, MicroBatch, StepNumbers, random_state
 from surefoot.training.health import is_decayed
 from surefoot.training.metrics import Ledger
@@ -104,53 +103,25 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
                 "with a lower --learning_rate or --attn_implementation=eager"
             )
         is_last_straw = self.guard.reject(step)
-        culprit, kept = self._record(numbers, complaint)
-        where = f"; first in {culprit.module} ({culprit.phase})" if culprit else ""
-        self._say(f"step {step} skipped: {complaint}{where}" + (f"; kept in {kept}" if kept else ""))
-        if is_last_straw or (culprit is not None and culprit.phase == "weights"):
-            self._stop(
-                f"step {step}: {complaint}{where}, {_times(self.guard.in_a_row)}. The weights are those of the last good step"
-                + (
-                    " and not finite. Go back to an earlier checkpoint"
-                    if culprit and culprit.phase == "weights"
-                    else ", saved as a checkpoint"
-                )
-                + ". Lower --learning_rate, use --attn_implementation=eager"
-                + (f", or find the cause: python scripts/replay_batch.py {kept}" if kept else ""),
-                saves=culprit is None or culprit.phase != "weights",
-            )
+        bad = bad_steps.gathered(step, complaint, numbers, self._reports(numbers))
+        kept = None
+        if self.is_world_process_zero():
+            kept = bad_steps.keep(Path(self.args.output_dir), bad, self.accelerator.unwrap_model(self.model))
+        self._say(f"step {step} skipped: {bad.cause()}" + (f"; kept in {kept}" if kept else ""))
+        if is_last_straw or bad.is_hopeless:
+            self._stop(bad.last_words(self.guard.in_a_row, kept), saves=not bad.is_hopeless)
 
     def _stop(self, reason: str, *, saves: bool = True) -> None:
         self.stop_reason = reason
         self.control.should_save = saves
         self.control.should_training_stop = True
 
-    def _record(self, numbers: StepNumbers, complaint: str) -> tuple[Culprit | None, Path | None]:
-        """Finds the cause on each rank, gathers, and writes on rank 0; every rank gets the same culprit."""
+    def _reports(self, numbers: StepNumbers) -> list[Report]:
+        """Every rank's report, on every rank."""
         culprit, batches = self._find() if numbers.tokens != 0 else (None, self.guard.window[:1])
-        mine = {
-            "rank": self.accelerator.process_index,
-            "rows": [self.train_dataset.where(int(row)) for batch in batches for row in batch.rows],
-            "culprit": culprit,
-            "files": [bad_steps.as_files(batch) for batch in batches],
-        }
-        reports = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
-        guilty = [report for report in reports if report["culprit"]] or reports
-        first = guilty[0]["culprit"]
-        kept = None
-        if self.is_world_process_zero():
-            record = {
-                "step": self.state.global_step + 1, "reason": complaint, "loss": str(numbers.loss), "grad_norm": str(numbers.grad_norm),
-                "trained_tokens": numbers.tokens, "culprit": first._asdict() if first else None,
-                "ranks": [{"rank": report["rank"], "rows": report["rows"]} for report in guilty],
-            }  # fmt: skip
-            folder = Path(self.args.output_dir)
-            with (folder / "bad_steps.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            model = self.accelerator.unwrap_model(self.model)
-            files = [(report["rank"], tensors) for report in guilty for tensors in report["files"]]
-            kept = bad_steps.keep(folder, record, files, model)
-        return first, kept
+        rows = [self.train_dataset.where(int(row)) for batch in batches for row in batch.rows]
+        mine = Report(self.accelerator.process_index, rows, culprit, [bad_steps.as_files(batch) for batch in batches])
+        return list(gather_object([mine])) if self.accelerator.num_processes > 1 else [mine]
 
     def _find(self) -> tuple[Culprit | None, list[MicroBatch]]:
         """This rank's first bad micro-batch and its culprit, or no culprit and the micro-batches that must hold it."""
@@ -195,7 +166,3 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
             self.model.save_pretrained(folder, state_dict=state_dict)
             self.model.config.use_cache = False
         self.processing_class.save_pretrained(folder)
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} steps in a row"

@@ -32,6 +32,8 @@ ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.t
 def level(module: str) -> int:
     if module.startswith("surefoot.rules"):
         return 2
+    if module.startswith("surefoot.diagnosis"):
+        return 4
     if any(module == room or module.startswith(f"{room}.") for room in ROOMS):
         return 3
     return next(number for number, modules in LEVELS.items() if module in modules)
@@ -80,7 +82,12 @@ def test_imports_when_read_then_go_down_the_levels_and_never_across_rooms() -> N
 
 
 def test_first_levels_when_imported_then_bring_no_torch() -> None:
-    names = [name for number in (0, 1, 2) for name in LEVELS[number]] + ["surefoot.run", "surefoot.cli", "finetune"]
+    names = [name for number in (0, 1, 2) for name in LEVELS[number]] + [
+        "surefoot.run",
+        "surefoot.cli",
+        "surefoot.diagnosis.text",
+        "finetune",
+    ]
     code = f"import sys, {', '.join(names)}; print(sorted({{'torch', 'transformers', 'datasets', 'peft'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -2,12 +2,14 @@
 
 python benchmarks/guard_cost.py --base_model=FOLDER --data=ROWS.jsonl --out=benchmarks/results/guard_cost_h200.json [--rows=4] [--pairs=12]
 
-A step here is one forward pass (no accumulation), where the guard weighs most. Without it the step takes transformers' own way.
+A step here is one forward pass (no accumulation), where the guard weighs most; every batch is padded to WIDTH tokens, so that all steps
+do the same work. Without the guard the step takes transformers' own way.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import statistics
 import sys
@@ -19,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 BLOCK = 5  # steps between two clock readings
+WIDTH = 256
 
 
 def bench(base_model: str, data: str, out: str = "", rows: int = 4, pairs: int = 12, adapter: str = "lora") -> None:
@@ -31,7 +34,7 @@ def bench(base_model: str, data: str, out: str = "", rows: int = 4, pairs: int =
         folder = train(
             base_model=base_model, data_path=data, output_dir=Path(scratch) / "run", adapter_name=adapter, lora_dropout=0, stage=2,
             batch_size=rows, per_device_train_batch_size=rows, max_steps=BLOCK * 2 * (pairs + 1), val_set_size=0, save_strategy="no",
-            report_to="none", logging_steps=10_000, cutoff_len=512, learning_rate=1e-4, data_cache=False,
+            report_to="none", logging_steps=10_000, cutoff_len=WIDTH, learning_rate=1e-4, data_cache=False,
         )  # fmt: skip
         machine = json.loads((folder / "run.json").read_text())["plan"]["machine"]
     guarded, bare = times[2::2], times[3::2]  # the first pair warms up; the last block has no end
@@ -43,6 +46,7 @@ def bench(base_model: str, data: str, out: str = "", rows: int = 4, pairs: int =
         "ratio_median": round(statistics.median(ratios), 4),
         "ratios": [round(ratio, 4) for ratio in ratios],
         "rows": rows,
+        "width": WIDTH,
         "adapter": adapter,
         "base_model": Path(base_model).name,
         "machine": machine,
@@ -57,11 +61,13 @@ def _alternate(times: list[float]) -> None:
     import torch
     from transformers import Trainer
 
+    from surefoot.data import rows
     from surefoot.training.guard import StepNumbers
     from surefoot.training.loop import SurefootTrainer
 
     guarded_step, guarded_norm = SurefootTrainer.training_step, SurefootTrainer._get_grad_norm
     began = [0.0]
+    rows.Collator = functools.partial(rows.Collator, multiple_of=WIDTH)  # type: ignore[misc, assignment]
 
     def is_guarded(trainer: Any) -> bool:
         return trainer.state.global_step // BLOCK % 2 == 0

@@ -32,7 +32,7 @@ stages and says whether the losses agree.
 
   --steps=N                 optimizer steps (10; {diagnose.COMPARED_STEPS} with --compare_stages)
   --compare_stages=1,2      the two stages, the first is the reference
-  --band={stability.BAND:g}              agreement: mean |loss difference| in nats; {stability.OUTLIER} bands at most in any step
+  --band={stability.BAND:g}              agreement: mean |loss difference| by mean loss; {stability.OUTLIER} bands at most in any step
   --keep=FOLDER             keep the run folder(s) there; otherwise they lie under TMPDIR and are removed (--adapter_name=full writes a
                             whole model there)
   --json                    one JSON object on stdout instead of the report; finetune.py's own lines go to stderr either way

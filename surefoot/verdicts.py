@@ -160,7 +160,7 @@ def _child(device: int, shape: Shape, backends: Sequence[str]) -> tuple[list[dic
     task = json.dumps({"shape": dataclasses.asdict(shape), "backends": list(backends), "device": device})
     home = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", "from surefoot.attention import canary; canary.main()"]
+    command = [sys.executable, "-P", "-c", "from surefoot.attention import canary; canary.main()"]
     env = {**os.environ, "PYTHONPATH": path}
     try:
         done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=TIMEOUT_S, env=env)

@@ -1,9 +1,9 @@
 """guard_cost.py: what finite-or-stop costs a training step: blocks of steps with the guard and without it, in turn, in one run.
 
-python benchmarks/guard_cost.py --base_model=FOLDER --data=ROWS.jsonl --out=benchmarks/results/guard_cost_h200.json [--rows=4] [--pairs=12]
+python benchmarks/guard_cost.py --base_model=FOLDER --data=ROWS.jsonl --out=benchmarks/results/guard_cost_h200.json [--rows=4] [--accumulation=1]
 
-A step here is one forward pass (no accumulation), where the guard weighs most; every batch is padded to WIDTH tokens, so that all steps
-do the same work. Without the guard the step takes transformers' own way.
+The guard weighs most in short steps of one forward pass. Every batch is padded to --width tokens, so that all steps do the same work;
+without the guard a step takes transformers' own way. Cases are added to --out, one a call.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 BLOCK = 5  # steps between two clock readings
-WIDTH = 256
 
 
-def bench(base_model: str, data: str, out: str = "", rows: int = 4, pairs: int = 12, adapter: str = "lora") -> None:
+def bench(base_model: str, data: str, out: str = "", rows: int = 4, accumulation: int = 1, width: int = 256, pairs: int = 12) -> None:
     """Prints and writes the median step of both kinds and the ratio pair by pair."""
     from finetune import train
 
     times: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
-        _alternate(times)
+        _alternate(times, width)
         folder = train(
-            base_model=base_model, data_path=data, output_dir=Path(scratch) / "run", adapter_name=adapter, lora_dropout=0, stage=2,
-            batch_size=rows, per_device_train_batch_size=rows, max_steps=BLOCK * 2 * (pairs + 1), val_set_size=0, save_strategy="no",
-            report_to="none", logging_steps=10_000, cutoff_len=WIDTH, learning_rate=1e-4, data_cache=False,
+            base_model=base_model, data_path=data, output_dir=Path(scratch) / "run", adapter_name="lora", lora_dropout=0, stage=2,
+            batch_size=rows * accumulation, per_device_train_batch_size=rows, max_steps=BLOCK * 2 * (pairs + 1), val_set_size=0, save_strategy="no",
+            report_to="none", logging_steps=10_000, cutoff_len=width, learning_rate=1e-4, data_cache=False,
         )  # fmt: skip
         machine = json.loads((folder / "run.json").read_text())["plan"]["machine"]
     guarded, bare = times[2::2], times[3::2]  # the first pair warms up; the last block has no end
@@ -46,17 +45,19 @@ def bench(base_model: str, data: str, out: str = "", rows: int = 4, pairs: int =
         "ratio_median": round(statistics.median(ratios), 4),
         "ratios": [round(ratio, 4) for ratio in ratios],
         "rows": rows,
-        "width": WIDTH,
-        "adapter": adapter,
+        "accumulation": accumulation,
+        "width": width,
+        "adapter": "lora",
         "base_model": Path(base_model).name,
         "machine": machine,
     }
     print(json.dumps({key: value for key, value in result.items() if key != "machine"}))
     if out:
-        Path(out).write_text(json.dumps(result, indent=2) + "\n")
+        earlier = json.loads(Path(out).read_text()) if Path(out).is_file() else []
+        Path(out).write_text(json.dumps([*earlier, result], indent=2) + "\n")
 
 
-def _alternate(times: list[float]) -> None:
+def _alternate(times: list[float], width: int) -> None:
     """Lets the trainer's guard work in even blocks only, and reads the clock at the end of each block."""
     import torch
     from transformers import Trainer
@@ -66,20 +67,20 @@ def _alternate(times: list[float]) -> None:
     from surefoot.training.loop import SurefootTrainer
 
     guarded_step, guarded_norm = SurefootTrainer.training_step, SurefootTrainer._get_grad_norm
-    began = [0.0]
-    rows.Collator = functools.partial(rows.Collator, multiple_of=WIDTH)  # type: ignore[misc, assignment]
+    began = [0.0, -1.0]  # the clock, and the step it was read at
+    rows.Collator = functools.partial(rows.Collator, multiple_of=width)  # type: ignore[misc, assignment]
 
     def is_guarded(trainer: Any) -> bool:
         return trainer.state.global_step // BLOCK % 2 == 0
 
     def step(self: Any, model: Any, inputs: Any, count: Any = None) -> Any:
-        if self.state.global_step % BLOCK == 0:
+        if self.state.global_step % BLOCK == 0 and self.state.global_step != began[1]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             now = time.perf_counter()
             if self.state.global_step:
                 times.append((now - began[0]) / BLOCK)
-            began[0] = now
+            began[:] = now, self.state.global_step
         if is_guarded(self):
             return guarded_step(self, model, inputs, count)
         del inputs["lengths"], inputs["rows"]

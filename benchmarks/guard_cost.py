@@ -1,9 +1,9 @@
 """guard_cost.py: what finite-or-stop costs a training step: blocks of steps with the guard and without it, in turn, in one run.
 
-python benchmarks/guard_cost.py --base_model=FOLDER --data=ROWS.jsonl --out=benchmarks/results/guard_cost_h200.json [--rows=4] [--accumulation=1]
+python benchmarks/guard_cost.py --base_model=FOLDER --data=ROWS.jsonl --out=FILE.json [--rows=4] [--accumulation=1]
 
 The guard weighs most in short steps of one forward pass. Every batch is padded to --width tokens, so that all steps do the same work;
-without the guard a step takes transformers' own way. Cases are added to --out, one a call.
+without the guard a step takes transformers' own way. A call adds a case to --out.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def bench(base_model: str, data: str, out: str = "", rows: int = 4, accumulation
     with tempfile.TemporaryDirectory() as scratch:
         _alternate(times, width)
         folder = train(
-            base_model=base_model, data_path=data, output_dir=Path(scratch) / "run", adapter_name="lora", lora_dropout=0, stage=2,
-            batch_size=rows * accumulation, per_device_train_batch_size=rows, max_steps=BLOCK * 2 * (pairs + 1), val_set_size=0, save_strategy="no",
+            base_model=base_model, data_path=data, output_dir=Path(scratch) / "run", adapter_name="lora",
+            lora_dropout=0, stage=2, batch_size=rows * accumulation, per_device_train_batch_size=rows,
+            max_steps=BLOCK * 2 * (pairs + 1), val_set_size=0, save_strategy="no",
             report_to="none", logging_steps=10_000, cutoff_len=width, learning_rate=1e-4, data_cache=False,
         )  # fmt: skip
         machine = json.loads((folder / "run.json").read_text())["plan"]["machine"]
@@ -63,7 +64,6 @@ def _alternate(times: list[float], width: int) -> None:
     from transformers import Trainer
 
     from surefoot.data import rows
-    from surefoot.training.guard import StepNumbers
     from surefoot.training.loop import SurefootTrainer
 
     guarded_step, guarded_norm = SurefootTrainer.training_step, SurefootTrainer._get_grad_norm
@@ -89,7 +89,6 @@ def _alternate(times: list[float], width: int) -> None:
     def norm(self: Any, model: Any, grad_norm: Any = None) -> Any:
         if is_guarded(self):
             return guarded_norm(self, model, grad_norm=grad_norm)
-        self.guard.accept(StepNumbers(0.0, 0.0, 1))
         return Trainer._get_grad_norm(self, model, grad_norm=grad_norm)
 
     SurefootTrainer.training_step, SurefootTrainer._get_grad_norm = step, norm  # type: ignore[method-assign]

@@ -60,7 +60,7 @@ def test_run_when_on_a_gpu_then_learns_in_the_asked_way(finetune: Callable[..., 
     assert record["summary"]["saved"]["tensors"] > 0
 
 
-LLAMA_8B = Shape(heads=32, kv_heads=8, head_dim=128, dtype="bf16", length=512, rows=4)
+LLAMA_8B = Shape(heads=32, kv_heads=8, head_dim=128, dtype="bf16", length=2048, rows=4)
 
 
 @pytest.fixture(scope="module")

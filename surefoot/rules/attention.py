@@ -10,6 +10,7 @@ from surefoot.rules.desk import Choice, Desk
 from surefoot.verdicts import SDPA_KERNELS, Shape
 
 LADDER = ("flash_attention_2", "sdpa", "eager")  # fast to plain; a rung that cannot be used gives way to the next
+CLEARLY_SLOWER = 1.25  # short rows take as long as the launch of their kernels, and their times scatter
 
 
 def to_check(desk: Desk) -> Shape | None:
@@ -132,7 +133,7 @@ def _cudnn(desk: Desk) -> tuple[bool, str, str]:
     ours, flash = v.of("sdpa_cudnn", "causal"), v.of("sdpa_flash", "causal")
     if ours and flash and ours.milliseconds and flash.milliseconds and flash.state == "pass":
         ratio = flash.milliseconds / ours.milliseconds
-        if ratio < 1:
+        if ratio < 1 / CLEARLY_SLOWER:
             return True, source, f"canary: right, but takes {1 / ratio:.2f} times flash's time"
         return False, source, f"canary: right, and {ratio:.2f} times as fast as flash; no mask is passed in training"
     return False, source, "canary: right; no mask is passed in training"

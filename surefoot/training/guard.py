@@ -1,4 +1,4 @@
-"""Finite or stop: before optimizer.step every rank learns the step's loss, gradient norm and trained tokens, and all decide alike."""
+"""Finite or stop: before optimizer.step a step's loss, gradient norm and trained tokens are known to all ranks, and all decide alike."""
 
 from __future__ import annotations
 
@@ -65,25 +65,23 @@ class Guard:
     def collect(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor, loss: torch.Tensor, random: dict[str, torch.Tensor]) -> None:
         self.window.append(MicroBatch(inputs, rows, loss, random))
 
-    def measure(self, grad_norm: Any, tokens: torch.Tensor | None) -> StepNumbers:
-        """The step's numbers, the same on every rank.
+    def measure(self, grad_norm: Any, tokens: torch.Tensor | None) -> torch.Tensor:
+        """The step's mean loss, gradient norm and trained tokens (-1: not counted) as float64 [3], the same on every rank, on the device.
 
-        One all-reduce of two fp32 numbers and one copy to the host: a NaN or an infinity of any rank survives the sum.
+        One all-reduce of two numbers: a NaN or an infinity of any rank survives the sum. Nothing here makes the host wait.
 
         Args:
             grad_norm: of this rank, a scalar tensor or a number.
             tokens: of all ranks, an integer scalar.
         """
         device = self.window[-1].loss.device
-        loss = torch.stack([batch.loss.float() for batch in self.window]).sum()
-        norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=device)
-        numbers = torch.stack([loss, norm])
+        loss = torch.stack([batch.loss.double() for batch in self.window]).sum()
+        numbers = torch.stack([loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=device)])
         if self.processes > 1:
             torch.distributed.all_reduce(numbers)
             numbers /= self.processes
-        count = -1 if tokens is None else tokens
-        loss_, norm_, count_ = torch.cat([numbers.double(), torch.as_tensor(count, device=device).double().reshape(1)]).tolist()
-        return StepNumbers(loss_, norm_, None if tokens is None else int(count_))
+        count = torch.as_tensor(-1 if tokens is None else tokens, dtype=torch.float64, device=device)
+        return torch.cat([numbers, count.reshape(1)])
 
     def accept(self, numbers: StepNumbers) -> None:
         self.in_a_row = 0
@@ -119,6 +117,42 @@ class Guard:
     def mean_loss(self) -> float:
         """Over all good steps."""
         return self.total / self.good_steps if self.good_steps else float("nan")
+
+
+def is_bad(measured: torch.Tensor) -> torch.Tensor:
+    """1.0 where the optimizer must not use the step, else 0.0: a float32 scalar on the device, as torch's fused optimizers read it."""
+    return (~torch.isfinite(measured).all() | (measured[2] == 0)).float()
+
+
+class Pending(NamedTuple):
+    """A step whose numbers are on their way to the host."""
+
+    step: int
+    numbers: torch.Tensor
+    arrived: torch.cuda.Event | None
+    window: list[MicroBatch]
+
+    def read(self) -> StepNumbers:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return read(self.numbers)
+
+
+def send(step: int, measured: torch.Tensor, window: list[MicroBatch]) -> Pending:
+    """Starts the copy of measure()'s numbers to the host."""
+    if measured.device.type != "cuda":
+        return Pending(step, measured, None, window)
+    host = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True)
+    host.copy_(measured, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return Pending(step, host, arrived, window)
+
+
+def read(measured: torch.Tensor) -> StepNumbers:
+    """measure()'s numbers on the host, which waits for the device."""
+    loss, norm, tokens = measured.tolist()
+    return StepNumbers(loss, norm, int(tokens) if tokens >= 0 else None)
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ from peft import PeftModel
 from transformers import Trainer
 
 from surefoot.errors import NumericsError
-from surefoot.training import bad_steps
+from surefoot.training import bad_steps, guard
 from surefoot.training.bad_steps import Culprit, Report
-from surefoot.training.guard import Guard, MicroBatch, StepNumbers, random_state
+from surefoot.training.guard import Guard, MicroBatch, Pending, StepNumbers
 from surefoot.training.health import is_decayed
 from surefoot.training.metrics import Ledger
 
@@ -33,10 +33,11 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
     loss_spike: str
     stop_reason: str | None = None
     _tokens: torch.Tensor | None = None
+    _pending: Pending | None = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.ledger.meter.count(inputs.pop("lengths"))
-        rows, random = inputs.pop("rows"), random_state()
+        rows, random = inputs.pop("rows"), guard.random_state()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._tokens = num_items_in_batch
         scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
@@ -57,36 +58,59 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
         return optimizer
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The last thing before optimizer.step, on every rank: where the step is judged."""
+        """The last thing before optimizer.step, on every rank: where the step is judged.
+
+        A fused AdamW skips a bad step on the device, so that the host need not wait for the numbers: it reads them one step later, when
+        the weights are still those that met the bad step.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
-        numbers = self.guard.measure(norm, self._tokens)
-        complaint = numbers.complaint(may_overflow=self._scaler_copes(numbers))
-        if complaint is None:
-            self._check_spike(numbers.loss)
-        if complaint is None and self.stop_reason is None:
-            self.guard.accept(numbers)
+        measured = self.guard.measure(norm, self._tokens)
+        step, window, self.guard.window = self.state.global_step + 1, self.guard.window, []
+        fused = self._fused_optimizer()
+        if fused is None:
+            self._judge(step, guard.read(measured), window)
         else:
-            self._drop_gradients(model)
-        if complaint is not None:
-            self._skip(numbers, complaint)
-        self.guard.window.clear()
+            self.settle()
+            fused.found_inf = guard.is_bad(measured)
+            self._pending = guard.send(step, measured, window) if self.stop_reason is None else None
+        if self.stop_reason is not None or self.guard.bad_steps[-1:] == [step]:
+            for parameter in model.parameters():  # makes optimizer.step a step of nothing: no update, no decay, no moment changes
+                parameter.grad = None
         return norm
+
+    def _fused_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer, where it can skip a step by itself and no step must be judged before it is taken."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        is_fused = isinstance(inner, torch.optim.AdamW) and bool(inner.defaults.get("fused"))
+        return (
+            inner
+            if is_fused and self.accelerator.scaler is None and self.engine in ("single", "ddp") and self.loss_spike != "stop"
+            else None
+        )
+
+    def settle(self) -> None:
+        """Judges the step whose numbers are on their way."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._judge(pending.step, pending.read(), pending.window)
+
+    def _judge(self, step: int, numbers: StepNumbers, window: list[MicroBatch]) -> None:
+        complaint = numbers.complaint(may_overflow=self._scaler_copes(numbers))
+        if complaint is not None:
+            self._skip(step, complaint, numbers, window)
+            return
+        self._check_spike(step, numbers.loss)
+        self.guard.accept(numbers)
 
     def _scaler_copes(self, numbers: StepNumbers) -> bool:
         """fp16's loss scaler meets infinities on purpose and skips those steps itself, until its scale has nothing left to give."""
         scaler = self.accelerator.scaler
         return scaler is not None and (abs(numbers.grad_norm) < float("inf") or scaler.get_scale() >= 1.0)
 
-    def _drop_gradients(self, model: Any) -> None:
-        """Makes optimizer.step a step of nothing: no update, no decay, no moment changes."""
-        for parameter in model.parameters():
-            parameter.grad = None
-
-    def _check_spike(self, loss: float) -> None:
+    def _check_spike(self, step: int, loss: float) -> None:
         text = self.guard.spike(loss) if self.loss_spike != "off" else None
         if text is None:
             return
-        step = self.state.global_step + 1
         self.guard.spikes.append(step)
         self._say(f"step {step}: {text}")
         if self.loss_spike == "stop":
@@ -95,15 +119,14 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
                 "Look at its rows, lower --learning_rate, or go on with --resume --loss_spike=warn"
             )
 
-    def _skip(self, numbers: StepNumbers, complaint: str) -> None:
-        step = self.state.global_step + 1
+    def _skip(self, step: int, complaint: str, numbers: StepNumbers, window: list[MicroBatch]) -> None:
         if self.engine == "deepspeed":  # its engine has stepped inside backward
             raise NumericsError(
                 f"step {step}: {complaint}, and DeepSpeed has used it already. Continue from the last checkpoint with --resume, "
                 "with a lower --learning_rate or --attn_implementation=eager"
             )
         is_last_straw = self.guard.reject(step)
-        bad = bad_steps.gathered(step, complaint, numbers, self._reports(numbers))
+        bad = bad_steps.gathered(step, complaint, numbers, self._reports(window, looks=numbers.tokens != 0))
         kept = None
         if self.is_world_process_zero():
             kept = bad_steps.keep(Path(self.args.output_dir), bad, self.accelerator.unwrap_model(self.model))
@@ -116,23 +139,23 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
         self.control.should_save = saves
         self.control.should_training_stop = True
 
-    def _reports(self, numbers: StepNumbers) -> list[Report]:
+    def _reports(self, window: list[MicroBatch], *, looks: bool) -> list[Report]:
         """Every rank's report, on every rank."""
-        culprit, batches = self._find() if numbers.tokens != 0 else (None, self.guard.window[:1])
+        culprit, batches = self._find(window) if looks else (None, window[:1])
         rows = [self.train_dataset.where(int(row)) for batch in batches for row in batch.rows]
         mine = Report(self.accelerator.process_index, rows, culprit, [bad_steps.as_files(batch) for batch in batches])
         return list(gather_object([mine])) if self.accelerator.num_processes > 1 else [mine]
 
-    def _find(self) -> tuple[Culprit | None, list[MicroBatch]]:
+    def _find(self, window: list[MicroBatch]) -> tuple[Culprit | None, list[MicroBatch]]:
         """This rank's first bad micro-batch and its culprit, or no culprit and the micro-batches that must hold it."""
-        window = sorted(self.guard.window, key=lambda batch: bool(torch.isfinite(batch.loss)))  # bad losses first
+        suspects = sorted(window, key=lambda batch: bool(torch.isfinite(batch.loss)))  # bad losses first
         if self.engine in ("single", "ddp"):
             model = self.accelerator.unwrap_model(self.model)
-            for batch in window:
+            for batch in suspects:
                 culprit = bad_steps.rerun(model, batch, self.compute_loss_context_manager).culprit
                 if culprit is not None:
                     return culprit, [batch]
-        return None, window[:UNPLACED]
+        return None, suspects[:UNPLACED]
 
     def _say(self, text: str) -> None:
         if self.is_world_process_zero():
@@ -140,6 +163,7 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self.settle()
             logs["loss"] = self.guard.take_mean_loss()
             logs |= self.ledger.meter.take(self.state.max_steps - self.state.global_step)
         super().log(logs, start_time)
@@ -152,6 +176,7 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
             self.ledger.meter.start()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.settle()
         self.ledger.meter.pause()
         super()._save_checkpoint(model, trial)
         self.ledger.meter.start()

@@ -37,6 +37,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
     except torch.OutOfMemoryError as error:
         raise BackendError(_out_of_memory(plan.train, plan.model.use_gradient_checkpointing)) from error
+    trainer.settle()
     if trainer.stop_reason is not None:
         raise NumericsError(trainer.stop_reason)
     guard, meter = trainer.guard, trainer.ledger.meter

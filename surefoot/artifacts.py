@@ -18,7 +18,8 @@ from surefoot.plan import Plan
 from surefoot.plan_text import as_record
 
 OURS = (
-    "run.json", "backend.json", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors", "README.md", "config.json",
+    "run.json", "backend.json", "metrics.jsonl", "audit.json", "bad_steps", "bad_steps.jsonl",
+    "adapter_config.json", "adapter_model.safetensors", "README.md", "config.json",
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
     "checkpoint-*", "runs",
 )  # fmt: skip
@@ -76,6 +77,15 @@ def opened(plan: Plan) -> Iterator[RunFolder]:
         folder.note(status="failed", reason=reason, ended=_now())
         raise
     folder.note(status="done", ended=_now())
+
+
+def vacant(plan: Plan) -> Path | None:
+    """The run folder, made, for what a refused run leaves; None where an earlier run's records are, and on other ranks than 0."""
+    path = Path(plan.output.folder)
+    if not plan.machine.is_main or (path / "run.json").exists():
+        return None
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _begin(plan: Plan, folder: RunFolder) -> None:

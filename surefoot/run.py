@@ -36,14 +36,19 @@ def carry_out(plan: Plan, *, say: Any) -> None:
     """Everything that needs torch, in order. The run folder is touched only once rows and model are good."""
     from surefoot import adapters, artifacts, tokens, weights
     from surefoot.backends import hf
-    from surefoot.data import prepare, rows
+    from surefoot.data import audit, prepare, rows
     from surefoot.training import trainer
 
     runtime.apply(plan.process)
     tokenizer = hf.load_tokenizer(plan.model)
     pad = tokens.settle(tokenizer)
     say(f"PAD: {pad.token} (id {pad.token_id}), {pad.reason}")
-    data = prepare.prepare(plan.data, tokenizer, shows_progress=plan.machine.is_main)
+    try:
+        data = prepare.prepare(plan.data, tokenizer, shows_progress=plan.machine.is_main)
+    except audit.AuditError as refused:
+        if vacant := artifacts.vacant(plan):
+            audit.write_audit(refused.audit, vacant)
+        raise
     say("\n".join(data.report.lines()))
     model = hf.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)
     zero_rows = weights.zero_rows(model, plan.adapter.target_modules)
@@ -56,6 +61,8 @@ def carry_out(plan: Plan, *, say: Any) -> None:
     with artifacts.opened(plan) as folder:
         folder.note(pad=pad._asdict(), zero_rows=zero_rows)
         folder.note_data(data.report.as_record())
+        if folder.is_main:
+            audit.write_audit(data.audit, folder.path)
         summary = trainer.train(plan, model, tokenizer, data, rows.Collator(pad_token_id=pad.token_id))
         folder.check_saved()
         folder.note(summary=summary)

@@ -85,10 +85,11 @@ def test_report_when_printed_or_stored_then_holds_the_facts(tmp_path: Path) -> N
     assert lines[1] == "split: 8 rows to train on, 0 to evaluate (val_set_size=0)"
     assert lines[2].startswith(f"tokens: {sum(size):,}, {percent(int(data.train.trained.sum()), sum(size))} of them trained on; a row has ")
     assert lines[2].endswith(f"{max(size)} at most")
-    assert lines[3].startswith(f"dropped: 10.0 % (1) of the rows: an empty answer, first {tmp_path}/rows.jsonl:10")
-    assert lines[4].startswith(f"dropped: 10.0 % (1) of the rows: more tokens than cutoff_len=256, first {tmp_path}/rows.jsonl:9 (")
-    assert "tokens); --cutoff_len=" in lines[4]
-    assert lines[5] == "columns not used: task"
+    assert lines[3].startswith(f"dropped: 10.0 % (1) of the rows: more tokens than cutoff_len=256, first {tmp_path}/rows.jsonl:9 (")
+    assert "tokens); --cutoff_len=" in lines[3]
+    assert lines[4] == f"dropped: 10.0 % (1) of the rows: an empty answer, first {tmp_path}/rows.jsonl:10"
+    assert lines[5].startswith("audit: passed; 10.0 % (1) of the rows have more tokens than cutoff_len=256; 10.0 % (1) of the rows lose")
+    assert lines[6] == "columns not used: task"
     record = json.loads(json.dumps(data.report.as_record()))
     assert record["dropped"]["an empty answer"] == {"rows": 1, "first": f"{tmp_path}/rows.jsonl:10"}
     assert record["files"][0]["bytes"] == (tmp_path / "rows.jsonl").stat().st_size

@@ -84,6 +84,6 @@ def test_val_set_size_when_it_cannot_be_held_out_then_names_both_numbers(tmp_pat
 def test_val_data_path_when_given_then_replaces_the_split_and_overlap_is_said(tmp_path: Path) -> None:
     held = write(tmp_path / "held.jsonl", [*texts(2), {"text": "new"}])
     data = ready(tmp_path, texts(30), val_data_path=(held,), val_set_size=10)
-    assert (data.report.train_rows, data.report.eval_rows, data.report.shared_rows, data.report.rows_read) == (30, 3, 2, 33)
+    assert (data.report.train_rows, data.report.eval_rows, data.report.reasons["shared"], data.report.rows_read) == (30, 3, 2, 33)
     assert len(data.report.files) == 2
-    assert any(line.startswith("overlap: 2 of the --val_data_path rows") for line in data.report.lines())
+    assert any(line.startswith("overlap: 2 of the evaluation rows") for line in data.report.lines())

@@ -84,6 +84,33 @@ def test_resume_when_continued_then_ends_with_the_same_adapter(rows: Path, train
     assert logs(folder, "loss")[-3:] == logs(trained, "loss")[-3:]
 
 
+def test_audit_when_the_rows_pass_then_is_in_the_run_folder(trained: Path) -> None:
+    found = json.loads((trained / "audit.json").read_text())
+    assert len(found["rows"]["tokens"]) == 64
+    assert found["trained_tokens"] == json.loads((trained / "run.json").read_text())["data"]["trained_tokens"]
+
+
+def test_audit_when_too_many_answers_are_lost_then_exits_3_and_warn_goes_on(
+    finetune: Callable[..., Any], rows: Path, tmp_path: Path
+) -> None:
+    flags = quick(data_path=rows, output_dir="run", cutoff_len=90, val_set_size=0, max_steps=2)
+    refused = finetune(*words(flags))
+    assert refused.returncode == 3
+    assert "rows lose their answer to cutoff_len=90; at most 25 % may" in refused.stderr
+    assert refused.stderr.count(" tokens  {") == 5
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["audit.json"]
+    done = finetune(*words({**flags, "audit": "warn"}))
+    assert done.returncode == 0, done.stderr
+    assert "--audit=warn: the rows do not pass" in done.stdout
+
+
+def test_rows_when_prepared_a_second_time_then_come_from_the_cache(finetune: Callable[..., Any], rows: Path, tmp_path: Path) -> None:
+    env = {"SUREFOOT_CACHE": str(tmp_path / "cache")}
+    said = [finetune(*words(quick(data_path=rows, output_dir=f"run{n}", max_steps=2)), env=env).stdout for n in range(2)]
+    assert ["(from the cache)" in text for text in said] == [False, True]
+    assert logs(tmp_path / "run0", "loss") == logs(tmp_path / "run1", "loss")
+
+
 DAMAGE = {
     "adapter_model.safetensors": lambda raw: raw[:-100], "optimizer.pt": lambda raw: raw[: len(raw) // 2], "scheduler.pt": lambda raw: b"",
     "trainer_state.json": lambda raw: raw[:50],

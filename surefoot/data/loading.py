@@ -51,7 +51,8 @@ def ending(path: str) -> str:
     return (file.with_suffix("") if file.suffix.lower() == ".gz" else file).suffix.lower()
 
 
-def _read_file(path: str) -> list[SourceRow]:
+def checked(path: str) -> Path:
+    """The file at `path`. Raises UsageError: there is none, a folder, an unknown ending."""
     file = Path(path)
     if file.is_dir():
         raise UsageError(f"--data_path={path} is a folder: name its files")
@@ -59,7 +60,11 @@ def _read_file(path: str) -> list[SourceRow]:
         raise UsageError(f"--data_path={path} does not exist (looked in {Path.cwd()})")
     if ending(path) not in READERS:
         raise UsageError(f"--data_path={path}: unknown ending {ending(path) or '(none)'}. Known: {', '.join(READERS)}, each also with .gz")
-    raw = _bytes(file)
+    return file
+
+
+def _read_file(path: str) -> list[SourceRow]:
+    raw = _bytes(checked(path))
     if not raw:
         raise DataError(f"{path} is empty (0 bytes)")
     return READERS[ending(path)](path, raw)

@@ -7,13 +7,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from surefoot.data.formats import used_columns
-from surefoot.data.loading import is_hub_id
+from surefoot.data.loading import checked, is_hub_id
+from surefoot.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +36,12 @@ class Drop:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What is counted while the rows go through; `lengths` are those before anything was cut."""
+    """What is counted while the rows go through, beside the log of single rows."""
 
-    rows: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     layouts: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
     styles: Counter[str] = field(default_factory=Counter)
-    dropped: dict[str, Drop] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
-    truncated: int = 0
     cut_turns: int = 0
-
-    def drop(self, reason: str, where: str) -> None:
-        before = self.dropped.get(reason)
-        self.dropped[reason] = Drop(rows=before.rows + 1 if before else 1, first=before.first if before else where)
 
     def unused(self, text_field: str) -> dict[str, int]:
         """Columns that no format read, with the rows that have them."""
@@ -58,25 +51,26 @@ class Tally:
                 found.update({column: count for column in columns if column not in used_columns(name, text_field)})
         return dict(found)
 
-    def cutoff_advice(self, cutoff_len: int) -> str:
-        """As a flag: the multiple of 32 that keeps 99 % of the rows, or all of them where cutoff_len keeps 99 % already."""
-        longest = int(np.quantile(self.lengths, 0.99, method="higher"))
-        wanted = -(-(longest if longest > cutoff_len else max(self.lengths)) // 32) * 32
-        kept = sum(length <= wanted for length in self.lengths)
-        return f"--cutoff_len={wanted} keeps {percent(kept, len(self.lengths))}"
 
-    def reasons(self) -> str:
-        return "; ".join(f"{drop.rows:,} with {reason} (first {drop.first})" for reason, drop in self.dropped.items())
+def cutoff_advice(lengths: NDArray[np.int64], cutoff_len: int) -> str:
+    """As a flag: the multiple of 32 that keeps 99 % of the rows of these lengths, or all of them where cutoff_len keeps 99 % already."""
+    if not len(lengths):
+        return ""
+    longest = int(np.quantile(lengths, 0.99, method="higher"))
+    wanted = -(-(longest if longest > cutoff_len else int(lengths.max())) // 32) * 32
+    return f"--cutoff_len={wanted} keeps {percent(int((lengths <= wanted).sum()), len(lengths))}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """The facts of a data set. tokens and lengths are those of the training rows; fingerprint is of all tokens, masks and their order."""
+    """The facts of a data set. tokens and lengths are those of the training rows; fingerprint is of all tokens, masks and their order.
+
+    reasons are the audit's rows by reason (audit.json has which), verdict is its line; notes are said last.
+    """
 
     rows_read: int
     train_rows: int
     eval_rows: int
-    shared_rows: int
     split: str
     formats: Mapping[str, int]
     styles: Mapping[str, int]
@@ -92,10 +86,17 @@ class DataReport:
     advice: str
     files: tuple[SourceFile, ...]
     fingerprint: str
+    reasons: Mapping[str, int]
+    verdict: str
+    from_cache: bool = False
+    notes: tuple[str, ...] = ()
 
     def as_record(self) -> dict[str, Any]:
         """As plain values for JSON."""
-        return dataclasses.asdict(self) | {"files": [dataclasses.asdict(file) for file in self.files]}
+        return dataclasses.asdict(self) | {"files": [dataclasses.asdict(file) for file in self.files], "notes": list(self.notes)}
+
+    def noting(self, *notes: str) -> DataReport:
+        return dataclasses.replace(self, notes=(*self.notes, *notes))
 
     def lines(self) -> list[str]:
         """Plain lines for the terminal; the last ones only where there is something to say."""
@@ -105,12 +106,13 @@ class DataReport:
         how = ", ".join(f"{name} {count:,}" for name, count in self.styles.items())
         share = percent(self.trained_tokens, self.tokens)
         lines = [
-            f"data: {self.rows_read:,} rows from {len(self.files)} file{'s' * (len(self.files) != 1)}{size}; format {what}; prompt {how}",
+            f"data: {self.rows_read:,} rows from {len(self.files)} file{'s' * (len(self.files) != 1)}{size}; format {what}; prompt {how}"
+            + " (from the cache)" * self.from_cache,
             f"split: {self.train_rows:,} rows to train on, {self.eval_rows:,} to evaluate ({self.split})",
             f"tokens: {self.tokens:,}, {share} of them trained on; a row has {self.mean_length:.0f} in the mean, "
             f"{self.p95_length:,} at p95, {self.max_length:,} at most",
         ]
-        return lines + self._losses() + self._notes()
+        return [*lines, *self._losses(), f"audit: {self.verdict}", *self._notes(), *self.notes]
 
     def _losses(self) -> list[str]:
         lines = []
@@ -124,15 +126,21 @@ class DataReport:
 
     def _notes(self) -> list[str]:
         lines = []
-        if self.shared_rows:
-            lines.append(
-                f"overlap: {self.shared_rows:,} of the --val_data_path rows also stand in the training data, so eval_loss flatters"
-            )
+        shared = self.reasons["shared"]
+        if shared:
+            lines.append(f"overlap: {shared:,} of the evaluation rows also stand in the training data, so eval_loss flatters")
         if self.cut_turns:
             lines.append(f"left out: {self.cut_turns:,} turns after the last answer of their conversation")
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         return lines
+
+
+def from_record(record: Mapping[str, Any]) -> DataReport:
+    """The report whose as_record() this is."""
+    dropped = {reason: Drop(**drop) for reason, drop in record["dropped"].items()}
+    files = tuple(SourceFile(**file) for file in record["files"])
+    return DataReport(**{**record, "dropped": dropped, "files": files, "notes": tuple(record["notes"])})
 
 
 def percent(part: int, whole: int) -> str:
@@ -144,13 +152,21 @@ def percent(part: int, whole: int) -> str:
 
 
 def source_files(paths: Sequence[str]) -> tuple[SourceFile, ...]:
-    """Size and hash of each file, read in pieces."""
+    """Size and hash of each file, read in pieces.
+
+    Raises:
+        UsageError: a path that names no data file. DataError: a file that cannot be read.
+    """
     return tuple(_source_file(path) for path in paths)
 
 
 def _source_file(path: str) -> SourceFile:
     if is_hub_id(path):
         return SourceFile(path=path, bytes=None, sha256=None)
-    with Path(path).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return SourceFile(path=path, bytes=Path(path).stat().st_size, sha256=digest)
+    file = checked(path)
+    try:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    return SourceFile(path=path, bytes=file.stat().st_size, sha256=digest)

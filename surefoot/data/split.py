@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,22 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Both sides in file order, why they are so, and how many evaluation rows also stand among the training rows."""
+    """Numbers of the rows of both sides, in file order, and why they are so."""
 
-    train: tuple[Example, ...]
-    eval: tuple[Example, ...]
+    train: tuple[int, ...]
+    eval: tuple[int, ...]
     reason: str
-    shared: int = 0
 
 
-def given(train: Sequence[Example], held: Sequence[Example]) -> Split:
-    """The user's own evaluation rows."""
-    seen = {_content(example) for example in train}
-    shared = sum(_content(example) in seen for example in held)
-    return Split(train=tuple(train), eval=tuple(held), reason="--val_data_path", shared=shared)
-
-
-def hold_out(examples: Sequence[Example], plan: DataPlan) -> Split:
+def hold_out(examples: Mapping[int, Example], plan: DataPlan) -> Split:
     """val_set_size rows drawn from the examples. Rows of equal content stay on one side.
 
     Raises:
@@ -44,11 +36,8 @@ def hold_out(examples: Sequence[Example], plan: DataPlan) -> Split:
     drawn = _drawn(examples, size, plan.seed)
     if not drawn and not plan.val_set_size_is_default:
         raise UsageError(f"--val_set_size={plan.val_set_size} cannot be held out: the {len(examples)} rows are too often the same row")
-    return Split(
-        train=tuple(example for index, example in enumerate(examples) if index not in drawn),
-        eval=tuple(example for index, example in enumerate(examples) if index in drawn),
-        reason=reason,
-    )
+    train = tuple(number for number in examples if number not in drawn)
+    return Split(train=train, eval=tuple(number for number in examples if number in drawn), reason=reason)
 
 
 def _size(count: int, plan: DataPlan) -> tuple[int, str]:
@@ -72,11 +61,11 @@ def _size(count: int, plan: DataPlan) -> tuple[int, str]:
     return size, f"val_set_size={asked}"
 
 
-def _drawn(examples: Sequence[Example], size: int, seed: int) -> set[int]:
-    """Indices of `size` rows, fewer only where rows come in equal groups that do not fit."""
+def _drawn(examples: Mapping[int, Example], size: int, seed: int) -> set[int]:
+    """The numbers of `size` rows, fewer only where rows come in equal groups that do not fit."""
     groups: dict[Hashable, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(_content(example), []).append(index)
+    for number, example in examples.items():
+        groups.setdefault(_content(example), []).append(number)
     distinct = list(groups.values())
     drawn: set[int] = set()
     for position in np.random.default_rng(seed).permutation(len(distinct)):

@@ -73,11 +73,11 @@ def test_slope_when_values_have_noise_then_matches_the_textbook_formula() -> Non
 @pytest.mark.parametrize(
     ("b", "agrees", "words"),
     [
-        ([1.6, 1.1, 0.7, 0.6], True, "mean 0 <= 0.01, largest 0 <= 0.1"),
-        ([1.609, 1.091, 0.709, 0.591], True, "mean 0.009 <= 0.01"),
-        ([1.6, 1.12, 0.72, 0.62], False, "mean 0.015 > 0.01"),
-        ([1.6, 1.1, 0.7, 0.71], False, "largest 0.11 > 0.1"),
-        ([1.6, 1.1, NAN, 0.6], False, "largest inf > 0.1"),
+        ([1.6, 1.1, 0.7, 0.6], True, "0.00% <= 1.00% of the mean loss 1; 0.00% <= 10.00% of its loss"),
+        ([1.609, 1.091, 0.709, 0.591], True, "0.90% <= 1.00%"),
+        ([1.6, 1.12, 0.72, 0.62], False, "1.50% > 1.00%"),
+        ([1.6, 1.1, 0.7, 0.71], False, "11.00% > 10.00% of its loss in the worst step"),
+        ([1.6, 1.1, NAN, 0.6], False, "inf% > 10.00%"),
         ([1.6, 1.1], False, "4 and 2 steps were logged"),
         ([], False, "4 and 0 steps were logged"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def run(config: Config) -> Path:
     found = inputs.inspect(config)
     if here.gpus and not config.dry_run:
         found = inputs.with_hub_config(found, config.revision)
-    say = print_now if here.is_main else silent
+    say = partial(print, flush=True) if here.is_main else _silent
     shape = attention_to_check(config, here, found)
     checked = None if shape is None else verdicts.known(here, shape) if config.dry_run else verdicts.ask(here, shape, say=say)
     plan = make_plan(config, here, found, checked)
@@ -69,9 +70,5 @@ def carry_out(plan: Plan, *, say: Any) -> None:
     say(trainer.summary_line(summary, plan.output.folder))
 
 
-def print_now(text: str) -> None:
-    print(text, flush=True)
-
-
-def silent(text: str) -> None:
+def _silent(text: str) -> None:
     """What the other ranks say."""

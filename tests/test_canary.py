@@ -16,6 +16,7 @@ from surefoot.attention import canary, kernels, reference
 from surefoot.attention.canary import Case
 from surefoot.verdicts import Shape, Verdicts
 from tests.conftest import machine
+from tests.runs import NanGradient
 
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=16, dtype="fp32", length=64, rows=2)
 CPU = torch.device("cpu")
@@ -86,15 +87,6 @@ def test_kernel_when_one_head_is_wrong_then_fails(monkeypatch: pytest.MonkeyPatc
 
 def test_kernel_when_only_its_gradient_is_nan_then_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """As cuDNN 9.19 does: the forward pass is right."""
-
-    class NanGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(context: Any, query: torch.Tensor) -> torch.Tensor:
-            return query.clone()
-
-        @staticmethod
-        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            return gradient * float("nan")
 
     real = kernels.run
     monkeypatch.setattr(kernels, "run", lambda backend, case, query, *rest: real(backend, case, NanGradient.apply(query), *rest))

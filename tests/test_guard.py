@@ -19,7 +19,7 @@ from finetune import train
 from surefoot.errors import NumericsError
 from surefoot.training.guard import Guard, StepNumbers, is_bad, read
 from tests.conftest import ROOT
-from tests.runs import logs, quick, tensors, words
+from tests.runs import NanGradient, logs, quick, tensors, words
 
 NAN, INF = float("nan"), float("inf")
 
@@ -84,18 +84,6 @@ def test_rejected_steps_when_broken_by_a_good_one_then_are_counted_anew() -> Non
     one.accept(StepNumbers(1.0, 1.0, 5))
     assert [one.reject(step) for step in (4, 5, 6)] == [False, False, True]
     assert one.bad_steps == [1, 2, 4, 5, 6]
-
-
-class NanGradient(torch.autograd.Function):
-    """Right forward, NaN backward: what cuDNN 9.19 does."""
-
-    @staticmethod
-    def forward(context: Any, query: torch.Tensor) -> torch.Tensor:
-        return query.clone()
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return gradient * NAN
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def carry_out(plan: Plan, *, say: Any) -> None:
     except audit.AuditError as refused:
         if vacant := artifacts.vacant(plan):
             audit.write_audit(refused.audit, vacant)
+            say(f"audit: every row's fate is in {vacant / 'audit.json'}")
         raise
     say("\n".join(data.report.lines()))
     model = hf.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)

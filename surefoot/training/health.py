@@ -73,16 +73,18 @@ class Movement:
     """Remembers a sample of every trainable tensor, to tell which of them moved by more than one unit in the last place."""
 
     def __init__(self, model: Any) -> None:
-        self.before = {name: _sample(parameter) for name, parameter in trainable(model)}
+        samples = {name: _sample(parameter) for name, parameter in trainable(model)}
+        self.before = {name: sample for name, sample in samples.items() if sample.numel()}  # an engine may keep a tensor elsewhere
 
     def still(self, model: Any) -> Still:
-        names = tuple(name for name, parameter in trainable(model) if not _moved(self.before[name], _sample(parameter)))
+        after = {name: _sample(parameter) for name, parameter in trainable(model) if name in self.before}
+        names = tuple(name for name in self.before if not _moved(self.before[name], after[name]))
         kinds = {kind(name) for name in names}
         return Still(names, tuple(sorted(kinds - {kind(name) for name in self.before if name not in names})))
 
     def largest(self, frozen_kinds: Iterable[str]) -> float:
         """The largest remembered value among tensors of these kinds: its unit in the last place is what a step must exceed."""
-        values = [float(sample.abs().max()) for name, sample in self.before.items() if kind(name) in frozen_kinds and sample.numel()]
+        values = [float(sample.abs().max()) for name, sample in self.before.items() if kind(name) in frozen_kinds]
         return max(values, default=0.0)
 
 
@@ -92,7 +94,8 @@ def kind(name: str) -> str:
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    values = parameter.detach().reshape(-1)
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP's DTensor: this rank's shard
+    values = local.detach().reshape(-1)
     return values[:: max(1, values.numel() // SAMPLE)].float().cpu().clone()
 
 

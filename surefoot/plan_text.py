@@ -55,11 +55,10 @@ def _machine_line(plan: Plan) -> str:
 
 def _canary_line(verdicts: Verdicts) -> str:
     """What the attention canary found, one clause per backend and mask that it could try."""
-    tried = [verdict for verdict in verdicts.rows if verdict.state != "unavailable"]
-    found = [
-        f"{v.backend} {v.mask} " + (f"{v.error:.1g} in {v.milliseconds:.3g} ms" if v.state == "pass" else f"FAILED ({v.reason})")
-        for v in tried
-    ]
+    found = []
+    for v in (verdict for verdict in verdicts.rows if verdict.state != "unavailable"):
+        took = "" if v.milliseconds is None else f" in {v.milliseconds:.3g} ms"
+        found.append(f"{v.backend} {v.mask} " + (f"{v.error:.1g}{took}" if v.state == "pass" else f"FAILED ({v.reason})"))
     return f"attention canary ({verdicts.origin}): error against fp64 and time of a layer: {'; '.join(found)}"
 
 

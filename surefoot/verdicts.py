@@ -114,7 +114,7 @@ def ask(
         with lock:
             found = None if fresh else known(machine, shape, backends)
             if found is None:
-                say(text)
+                say(f"attention canary: {path} is damaged, made again" if path.exists() and not fresh else text)
                 found = _measure(machine, shape, backends)
                 _keep(path, found)
             return found

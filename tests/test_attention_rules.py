@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from surefoot import plan_text
 from surefoot.config import Config
 from surefoot.errors import PlanError
 from surefoot.plan import Plan, attention_to_check, make_plan
@@ -20,7 +21,7 @@ WITH_FLASH = machine(gpus=(H200,), versions={**VERSIONS, "flash-attn": "2.8.3"})
 NAN = "45,056 non-finite values in the query gradient (length 704, log-sum-exp -120)"
 
 
-def verdicts(**changed: tuple[str, float]) -> Verdicts:
+def verdicts(**changed: tuple[str, float | None]) -> Verdicts:
     """As measured on an H200 with torch 2.11 and cuDNN 9.19; `changed` sets state and milliseconds of BACKEND__MASK."""
     measured = {
         "eager__causal": ("pass", 13.8), "eager__explicit": ("pass", 13.9), "sdpa_cudnn__causal": ("pass", 1.2), "sdpa_cudnn__explicit": ("fail", 0.0),
@@ -84,6 +85,14 @@ def test_flash_attention_2_when_failing_then_steps_down_to_sdpa_with_the_reason(
     asked = plan(verdicts(flash_attention_2__causal=("fail", 0.0)), on=WITH_FLASH, attn_implementation="flash_attention_2")
     assert asked.model.attn_implementation == "sdpa"
     assert any("--attn_implementation=flash_attention_2 is not used" in note for note in asked.notes)
+
+
+def test_plan_when_printed_then_says_what_the_canary_found_and_keeps_it() -> None:
+    made = plan(verdicts(sdpa_math__causal=("pass", None)))
+    line = next(line for line in plan_text.table(made, all_rows=False).splitlines() if line.startswith("attention canary"))
+    assert f"sdpa_cudnn causal 0.003 in 1.2 ms; sdpa_cudnn explicit FAILED ({NAN})" in line
+    assert "sdpa_math causal 0.003;" in line
+    assert plan_text.as_record(made)["attention"]["rows"][2]["backend"] == "sdpa_cudnn"
 
 
 def test_flash_attention_2_when_passing_then_is_used() -> None:

@@ -56,7 +56,9 @@ def test_kept_verdicts_when_damaged_then_are_not_used(here: Any, found: Verdicts
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(found.as_record())[:-40])
     assert verdicts.known(damaged, SHAPE, ("eager",)) is None
-    assert verdicts.ask(damaged, SHAPE, ("eager",)).passes("eager", verdicts.MASKS)
+    said: list[str] = []
+    assert verdicts.ask(damaged, SHAPE, ("eager",), say=said.append).passes("eager", verdicts.MASKS)
+    assert said == [f"attention canary: {path} is damaged, made again"]
     assert verdicts.known(damaged, SHAPE, ("eager",)) is not None
 
 

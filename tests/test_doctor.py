@@ -18,22 +18,12 @@ import pytest
 
 from surefoot.doctor import child, gpus, libraries, report, stack
 from surefoot.doctor.check import VERDICTS, Check
-from surefoot.doctor.gpus import Card, Smi
-from surefoot.doctor.stack import Library, Stack
+from surefoot.doctor.gpus import Smi
+from surefoot.doctor.stack import Library
 from tests.conftest import ROOT
+from tests.test_doctor_judging import CPU
 
 Run = subprocess.CompletedProcess[str]
-CPU = Stack(torch="2.13.0+cpu", folder="/site/torch")
-H200 = Stack(
-    torch="2.11.0+cu130",
-    folder="/site/torch",
-    cuda="13.0",
-    cudnn_compiled="9.19.0",
-    architectures=("sm_75", "sm_80", "sm_90", "compute_120"),
-    gpus=(("NVIDIA H200", (9, 0)),),
-    libraries=(Library("cudnn", ("/site/nvidia/cudnn/lib/libcudnn.so.9",), "9.19.0"),),
-)
-CARD = Card("GPU-1", "NVIDIA H200", 143771, 4, "580.159.03")
 SMI = """#!/bin/sh
 case "$1" in
   --query-gpu=*) echo "GPU-1, NVIDIA H200, 143771, 61444, 580.159.03"; echo "GPU-2, NVIDIA H200, 143771, 4, 580.159.03" ;;

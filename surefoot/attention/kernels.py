@@ -112,8 +112,8 @@ def _module(query: torch.Tensor, key: torch.Tensor, attention: str = "") -> Any:
     return SimpleNamespace(num_key_value_groups=groups, training=True, is_causal=True, config=config, layer_idx=0)
 
 
-def milliseconds(backend: str, case: Case, shape: Shape, given: Tensors) -> float:
-    """Median of 5 forward and backward passes over shape.rows rows of the case (one packed row counts as one)."""
+def milliseconds(backend: str, case: Case, shape: Shape, given: Tensors) -> float | None:
+    """Median of 5 forward and backward passes over shape.rows rows of the case (one packed row counts as one); None: no memory for them."""
     copies = 1 if case.mask == "packed" else max(1, shape.rows)
     lens = case.lens if case.mask == "packed" else (case.length,) * copies
     case = type(case)(mask=case.mask, length=case.length, lens=lens)
@@ -128,7 +128,7 @@ def milliseconds(backend: str, case: Case, shape: Shape, given: Tensors) -> floa
             _wait(gradient.device)
             times.append((time.perf_counter() - began) * 1e3)
     except torch.OutOfMemoryError:
-        return float("inf")
+        return None
     return round(statistics.median(times[2:]), 3)
 
 

@@ -23,6 +23,7 @@ from surefoot.plan import AdapterPlan, ModelPlan
 from surefoot.verdicts import SDPA_KERNELS
 
 BACKENDS = ("eager", *(f"sdpa_{kernel}" for kernel in SDPA_KERNELS), "flash_attention_2")
+PACKED_BACKENDS = (*BACKENDS, "varlen")
 
 
 class Kept(NamedTuple):
@@ -95,7 +96,7 @@ def run(kept: Kept, base_model: str) -> list[Replay]:
     batches = [bad_steps.from_files(batch, model.device) for batch in tensors]
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kept.plan["train"]["precision"])
     results = []
-    for backend in BACKENDS:
+    for backend in PACKED_BACKENDS if "cu_seq_lens_q" in batches[0].inputs else BACKENDS:
         with contextlib.ExitStack() as scope:
             try:
                 _switch(model, backend, scope)
@@ -144,6 +145,11 @@ def _adapter(values: dict[str, Any]) -> AdapterPlan:
 def _switch(model: Any, backend: str, scope: contextlib.ExitStack) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    if backend == "varlen":
+        from surefoot.attention import packed
+
+        packed.use_varlen(model)
+        return
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation(backend.partition("_")[0] if backend.startswith("sdpa") else backend)
     if backend.startswith("sdpa"):
@@ -161,7 +167,8 @@ def finding(results: list[Replay], kept: Kept) -> str:
     """Which backend is at fault, in a sentence."""
     bad = [result for result in results if result.state == "not finite"]
     good = [result.backend for result in results if result.state == "finite"]
-    used = kept.plan["model"]["attn_implementation"]
+    train = kept.plan["train"]
+    used = train["packed_attention"] if train.get("packing") == "on" else kept.plan["model"]["attn_implementation"]
     if not bad:
         return f"not reproduced: every backend that runs here is finite (the run used {used}). The machine or its state may be at fault"
     if not good:

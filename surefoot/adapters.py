@@ -38,6 +38,8 @@ def attach(model: Any, plan: AdapterPlan, seed: int) -> Any:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if plan.init_lora_weights in (True, False, "gaussian", "orthogonal"):
+        _draw_again(adapted, plan, seed)
     if plan.method == "dora":
         reset_magnitudes(adapted)
     return adapted
@@ -54,6 +56,25 @@ def _lora_config(plan: AdapterPlan) -> LoraConfig:
         use_rslora=plan.use_rslora,
         init_lora_weights=plan.init_lora_weights,
     )
+
+
+@torch.no_grad()
+def _draw_again(model: PeftModel, plan: AdapterPlan, seed: int) -> None:
+    """Draws A and B as PEFT has for an fp32 base: it rounds them to the base's dtype, and how weights are stored must change no number."""
+    torch.manual_seed(seed)
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or ADAPTER not in layer.lora_A:
+            continue
+        live = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        layer.lora_A[ADAPTER] = torch.nn.Linear(layer.in_features, plan.lora_r, bias=False)
+        layer.lora_B[ADAPTER] = torch.nn.Linear(plan.lora_r, layer.out_features, bias=False)
+        if plan.init_lora_weights == "orthogonal":
+            layer.orthogonal_init(ADAPTER)
+        elif plan.init_lora_weights:
+            layer.reset_lora_parameters(ADAPTER, plan.init_lora_weights)
+        live[0].weight.copy_(layer.lora_A[ADAPTER].weight)
+        live[1].weight.copy_(layer.lora_B[ADAPTER].weight)
+        layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = live
 
 
 @torch.no_grad()
@@ -103,6 +124,8 @@ def compile_layers(model: Any) -> int:
         raise BackendError(f"--enable_torch_compile: {type(base).__name__} has no `layers` to compile one by one. Set it to False")
     for layer in layers:
         layer.compile()
+    # the first layer's input is made to need a gradient, as the others' does: one graph for all
+    base.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_() if torch.is_grad_enabled() else out)
     return len(layers)
 
 

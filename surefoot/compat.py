@@ -51,7 +51,6 @@ RETIRED: dict[str, tuple[tuple[Any, ...], str]] = {
     "timestamp": (("", None), "name the run with --run_name, or its folder with --output_dir"),
     "local_rank": (tuple(range(-1, 1024)), "ranks come from the environment that accelerate or torchrun sets"),
     "deepspeed": (("", None), "start it as: accelerate launch --config_file profiles/ds_zero2.yaml finetune.py ..."),
-    "packing": ((False,), "packing is not built yet; --group_by_length=True keeps padding low meanwhile"),
     "num_generations": ((), _GRPO),
     "max_prompt_length": ((), _GRPO),
     "max_completion_length": ((), _GRPO),

@@ -56,6 +56,10 @@ class Config:
     text_field: str = _flag("text", "data", "column of plain-text rows")
     train_on_inputs: bool = _flag(False, "data", "train on the prompt too (the older scripts' default)")
     group_by_length: bool = _flag(False, "data", "batch rows of like length: less padding")
+    packing: bool | str = _flag(
+        "auto", "data", "short rows share a row of fixed length; auto: on a GPU, where it is safe and they are short", choices=("auto",)
+    )
+    pack_len: int | None = _flag(None, "data", "slots of a packed row; default: what batch_size needs, in the fewest passes", low=8)
     dataloader_num_workers: int = _flag(0, "data", "processes that collate batches", low=0)
     audit: str = _flag(
         "fail",
@@ -99,8 +103,13 @@ class Config:
     )
     disable_flash_sdpa: bool = _flag(False, "precision and speed", "no flash kernels in sdpa attention")
     enable_torch_compile: bool | None = _flag(None, "precision and speed", "compile each decoder layer; default: the stage's (1: False)")
+    fused_adapters: bool = _flag(True, "precision and speed", "this program's LoRA and DoRA products; False: PEFT's own")
+    fused_loss: bool = _flag(True, "precision and speed", "cross-entropy in chunks, without the logits of the whole batch")
     use_gradient_checkpointing: bool | str = _flag(
-        False, "precision and speed", "recompute activations: less memory, about a third more time", choices=("unsloth",)
+        "auto",
+        "precision and speed",
+        "recompute activations: True all layers, False none, auto and selective as few as fit the GPU (selective at least one)",
+        choices=("auto", "selective", "unsloth"),
     )
     deterministic: bool = _flag(False, "precision and speed", "deterministic kernels only; slower")
     debug: bool = _flag(False, "precision and speed", "synchronous kernels and device-side assertions; much slower")

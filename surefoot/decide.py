@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from surefoot.rules import attention, model, process, training
+from surefoot.rules import attention, fast, memory, model, packing, process, training
 from surefoot.rules.desk import Choice, Desk
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ NOT_SETTINGS = ("config", "dry_run", "plan_json", "resume", "overwrite", "strict
 
 def decisions(desk: Desk) -> dict[str, Choice]:
     """Every decided value by name."""
-    return {choice.name: choice for choice in _decide(desk)}
+    decided = {choice.name: choice for choice in _decide(desk)}
+    recomputed = memory.recompute(desk, {name: choice.value for name, choice in decided.items()})
+    return decided | {choice.name: choice for choice in recomputed}
 
 
 def _decide(desk: Desk) -> Iterator[Choice]:
@@ -33,7 +35,9 @@ def _decide(desk: Desk) -> Iterator[Choice]:
     yield implementation
     yield from attention.kernels(desk, implementation.value)
     yield attention.compiling(desk)
-    yield attention.checkpointing(desk)
+    yield from fast.fused(desk)
+    yield fast.frozen_dtype(desk, quantization.value, precision.value)
+    yield from packing.packing(desk, implementation.value)
     yield from training.batch(desk)
     yield training.warmup(desk)
     yield training.optimizer(desk)

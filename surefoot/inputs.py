@@ -34,6 +34,7 @@ class Inputs:
 
     model_path: str
     model_config: dict[str, Any] | None
+    weights_dtypes: tuple[str, ...]  # of the local model's tensors, as safetensors names them (BF16, F32); () where not known
     run_folder: RunFolder
     resume_stamp: dict[str, Any] | None
     problems: tuple[str, ...]
@@ -59,7 +60,14 @@ def inspect(config: Config) -> Inputs:
         _check_checkpoint("resume_from_checkpoint", checkpoint, problems)
         content = _json(checkpoint.parent / "backend.json")
         stamp = content if isinstance(content, dict) else None
-    return Inputs(model_path=model_path, model_config=model_config, run_folder=folder, resume_stamp=stamp, problems=tuple(problems))
+    return Inputs(
+        model_path=model_path,
+        model_config=model_config,
+        weights_dtypes=_weights_dtypes(Path(model_path)) if model_config is not None and not problems else (),
+        run_folder=folder,
+        resume_stamp=stamp,
+        problems=tuple(problems),
+    )
 
 
 def with_hub_config(found: Inputs, revision: str | None) -> Inputs:
@@ -177,6 +185,15 @@ def _safetensors_complaint(file: Path) -> str | None:
             return "has no readable header"
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     return f"is cut off: {size - 8 - header_size} of {end} bytes" if size - 8 - header_size < end else None
+
+
+def _weights_dtypes(folder: Path) -> tuple[str, ...]:
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        found |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    return tuple(sorted(found))
 
 
 def _run_folder(folder: Path, problems: list[str]) -> RunFolder:

@@ -11,6 +11,7 @@ from surefoot.config import FLAGS, Config
 from surefoot.errors import BackendError, PlanError, joined
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
+from surefoot.memory import Estimate
 from surefoot.rules import attention
 from surefoot.rules.desk import Choice, Desk
 from surefoot.verdicts import Shape, Verdicts
@@ -18,7 +19,10 @@ from surefoot.verdicts import Shape, Verdicts
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPlan:
-    """How the base model is loaded. quantization is none, nf4 or int8; compute_dtype names the dtype of the quantized products."""
+    """How the base model is loaded. quantization is none, nf4 or int8; compute_dtype names the dtype of the quantized products.
+
+    frozen_dtype is what frozen linear layers and embeddings are stored in, bf16 or fp32.
+    """
 
     path: str
     revision: str | None
@@ -26,8 +30,12 @@ class ModelPlan:
     attn_implementation: str
     quantization: str
     compute_dtype: str
+    frozen_dtype: str
+    loads_on_gpu: bool
     enable_torch_compile: bool
-    use_gradient_checkpointing: bool
+    fused_adapters: bool
+    fused_loss: bool
+    recompute_layers: int  # the first so many decoder layers; -1: all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,9 @@ class TrainPlan:
     optim: str
     precision: str
     group_by_length: bool
+    packing: str  # on, off, or auto until the rows are read
+    pack_len: int | None  # slots of a packed row; None: chosen when the rows are read
+    packed_attention: str  # eager, sdpa, flash_attention_2, or varlen where sdpa gives packed rows to it
     dataloader_num_workers: int
     eval_strategy: str
     eval_step: int
@@ -123,6 +134,7 @@ class Plan:
     output: OutputPlan
     machine: Machine
     attention: Verdicts | None
+    memory: Estimate | None
     choices: tuple[Choice, ...]
     notes: tuple[str, ...]
 
@@ -139,6 +151,11 @@ def _pick(kind: type[T], config: Config, **decided: Any) -> T:
     names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     same = {name: getattr(config, name) for name in names & FLAGS.keys()}
     return kind(**{**same, **{name: value for name, value in decided.items() if name in names}})
+
+
+def _places_itself(machine: Machine) -> bool:
+    """True where a model is loaded straight onto the GPU; DeepSpeed and FSDP place it themselves."""
+    return bool(machine.gpus) and machine.engine in ("single", "ddp")
 
 
 def attention_to_check(config: Config, machine: Machine, inputs: Inputs) -> Shape | None:
@@ -170,7 +187,7 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdic
     values = {name: choice.value for name, choice in decided.items()}
     plan = Plan(
         backend=values["backend"],
-        model=_pick(ModelPlan, config, path=inputs.model_path, **values),
+        model=_pick(ModelPlan, config, path=inputs.model_path, loads_on_gpu=_places_itself(machine), **values),
         adapter=_pick(AdapterPlan, config, **values),
         data=_pick(
             DataPlan,
@@ -183,6 +200,7 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdic
         output=OutputPlan(folder=config.output_dir, clears_earlier_run=config.overwrite, resume_from=values["resume_from"]),
         machine=machine,
         attention=verdicts,
+        memory=desk.estimate,
         choices=choices,
         notes=tuple(desk.notes),
     )

@@ -7,6 +7,7 @@ import json
 import textwrap
 from typing import Any
 
+from surefoot.memory import GIB, Estimate
 from surefoot.plan import Plan
 from surefoot.rules.desk import Choice
 from surefoot.verdicts import Verdicts
@@ -26,6 +27,7 @@ def table(plan: Plan, *, all_rows: bool, width: int = 120) -> str:
     if len(shown) < len(plan.choices):
         lines.append(f"{len(plan.choices) - len(shown)} more at their defaults: --dry_run prints them")
     lines += [_canary_line(plan.attention)] if plan.attention else []
+    lines += _memory_lines(plan.memory, in_full=all_rows) if plan.memory else []
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
@@ -41,6 +43,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "backend": plan.backend,
         **{part: dataclasses.asdict(getattr(plan, part)) for part in parts},
         "attention": plan.attention.as_record() if plan.attention else None,
+        "memory": plan.memory.as_record() if plan.memory else None,
         "choices": [choice._asdict() for choice in plan.choices],
         "notes": list(plan.notes),
     }
@@ -60,6 +63,16 @@ def _canary_line(verdicts: Verdicts) -> str:
         took = "" if v.milliseconds is None else f" in {v.milliseconds:.3g} ms"
         found.append(f"{v.backend} {v.mask} " + (f"{v.error:.1g}{took}" if v.state == "pass" else f"FAILED ({v.reason})"))
     return f"attention canary ({verdicts.origin}): error against fp64 and time of a layer: {'; '.join(found)}"
+
+
+def _memory_lines(made: Estimate, *, in_full: bool) -> list[str]:
+    """The estimate in one line, or with a line for each kind of memory."""
+    j = made.job
+    line = f"memory: {made.gib:.1f} GiB estimated at the peak of a step, for {j.rows} x {j.length:,} tokens a pass"
+    if not in_full:
+        return [f"{line}: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in made.parts.items() if size >= GIB / 20)]
+    rows = [f"  {name:<16}{size / 2**20:12,.1f} MiB" for name, size in made.parts.items()]
+    return [line, *rows, "  (of layer backward and head only the greater one counts)"]
 
 
 def _text(choice: Choice) -> str:

@@ -37,7 +37,8 @@ def carry_out(plan: Plan, *, say: Any) -> None:
     """Everything that needs torch, in order. The run folder is touched only once rows and model are good."""
     from surefoot import adapters, artifacts, tokens, weights
     from surefoot.backends import hf
-    from surefoot.data import audit, prepare, rows
+    from surefoot.data import audit, packing, prepare, rows
+    from surefoot.ops import head, layers
     from surefoot.training import trainer
 
     runtime.apply(plan.process)
@@ -51,13 +52,24 @@ def carry_out(plan: Plan, *, say: Any) -> None:
             audit.write_audit(refused.audit, vacant)
             say(f"audit: every row's fate is in {vacant / 'audit.json'}")
         raise
+    plan, data = packing.settle(plan, data)
     say("\n".join(data.report.lines()))
     model = hf.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)
     zero_rows = weights.zero_rows(model, plan.adapter.target_modules)
     if zero_rows:
         say(weights.describe(zero_rows, plan.adapter.method))
+    if data.packed is not None and plan.train.packed_attention == "varlen":
+        from surefoot.attention import packed
+
+        packed.use_varlen(model)
     model = adapters.attach(model, plan.adapter, plan.process.seed)
     say(adapters.describe(model))
+    if plan.model.fused_adapters:
+        say(layers.fuse(model).line())
+    collator: Any = packing.collator(data, rows.Collator(pad_token_id=pad.token_id))
+    if plan.model.fused_loss:
+        head.use_head_loss(model, compiled=plan.model.enable_torch_compile)
+        collator = head.WithPositions(collator)
     if plan.model.enable_torch_compile:
         say(f"torch.compile: {adapters.compile_layers(model)} decoder layers, compiled at their first step")
     with artifacts.opened(plan) as folder:
@@ -65,7 +77,7 @@ def carry_out(plan: Plan, *, say: Any) -> None:
         folder.note_data(data.report.as_record())
         if folder.is_main:
             audit.write_audit(data.audit, folder.path)
-        summary = trainer.train(plan, model, tokenizer, data, rows.Collator(pad_token_id=pad.token_id))
+        summary = trainer.train(plan, model, tokenizer, data, collator)
         folder.check_saved()
         folder.note(summary=summary)
     say(trainer.summary_line(summary, plan.output.folder))

@@ -39,7 +39,7 @@ def machine(**changes: object) -> Machine:
 def inputs(**changes: object) -> Inputs:
     """Paths that hold no surprise, with what a test changes."""
     values: dict[str, object] = {
-        "model_path": "org/model", "model_config": None, "run_folder": RunFolder(status="absent"), "resume_stamp": None, "problems": (),
+        "model_path": "org/model", "model_config": None, "weights_dtypes": (), "run_folder": RunFolder(status="absent"), "resume_stamp": None, "problems": (),
     }  # fmt: skip
     return Inputs(**{**values, **changes})  # type: ignore[arg-type]
 

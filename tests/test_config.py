@@ -42,7 +42,7 @@ def test_parse_when_text_or_value_is_good_then_has_its_type(flag: str, text: obj
         ("lora_r", True, "whole number"), ("learning_rate", "nan", "must be a number"), ("learning_rate", "-1", "too small"),
         ("adapter_name", "dorra", "Did you mean dora?"), ("adapter_name", "prefix-tuning", "PrefixTuningConfig"),
         ("adapter_name", "bottleneck", "bottleneck adapters are not built"), ("stage", "4", "not one of 1, 2, 3"),
-        ("lora_rank", "4", "Did you mean --lora_r?"), ("bottleneck_size", "128", "not supported"), ("packing", "True", "packing is not built"),
+        ("lora_rank", "4", "Did you mean --lora_r?"), ("bottleneck_size", "128", "not supported"),
         ("dora_simple", "False", "section 4.3"), ("num_generations", "8", "GRPOTrainer"), ("target_modules", "q_proj,,", "a list of words"),
         ("init_lora_weights", "loftq2", "not one of"), ("Wdecompose_target_modules", "[o_proj]", "--target_modules"),
     ],

@@ -20,13 +20,16 @@ LEVELS = {
         "surefoot.machine",
         "surefoot.inputs",
         "surefoot.verdicts",
+        "surefoot.decoder",
+        "surefoot.activations",
+        "surefoot.memory",
     ],
     2: ["surefoot.decide", "surefoot.plan", "surefoot.plan_text"],
     3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.evaluate", "surefoot.weights"],
     4: ["surefoot.run", "surefoot.cli"],
     5: ["finetune"],
 }
-ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.training"]  # level 3
+ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.ops", "surefoot.training"]  # level 3
 
 
 def level(module: str) -> int:

@@ -74,19 +74,17 @@ def _flash_attention_2(case: Case, query: torch.Tensor, key: torch.Tensor, value
 
 
 def _borders(case: Case, device: torch.device) -> dict[str, Any]:
-    ends = torch.tensor((0, *case.lens), device=device).cumsum(0).to(torch.int32)
+    """Where the rows begin, as a training batch has it: the end stands twice, since a packed row of few rows ends in empty ones."""
+    ends = torch.tensor((0, *case.lens, 0), device=device).cumsum(0).to(torch.int32)
     longest = max(case.lens)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def _varlen(case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    from surefoot.attention import packed
 
-    group = query.shape[1] // key.shape[1]
-    tokens = [tensor[0].transpose(0, 1) for tensor in (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))]
     borders = _borders(case, query.device)
-    ends, longest = borders["cu_seq_lens_q"], borders["max_length_q"]
-    return varlen_attn(*tokens, ends, ends, longest, longest, window_size=(-1, 0))[None]
+    return packed.attention(_module(query, key), query, key, value, None, scaling=query.shape[-1] ** -0.5, **borders)[0]
 
 
 def _flex(case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,9 @@ def load_tokenizer(plan: ModelPlan) -> Any:
 
 
 def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str, ...] | None) -> Any:
-    """The base model on its own device, fp32 where it is not quantized (master weights), with embedding rows for the whole vocabulary.
+    """The base model on its own device, with embedding rows for the whole vocabulary.
+
+    What is not quantized is fp32, but frozen linear layers and embeddings are stored as the plan says.
 
     Raises:
         UsageError: no such model, or target_modules names no layer of it. BackendError: it cannot be loaded.
@@ -43,7 +45,7 @@ def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str,
             config=config,
             revision=plan.revision,
             trust_remote_code=plan.trust_remote_code,
-            dtype=torch.float32,
+            dtype=DTYPES[plan.frozen_dtype],
             device_map=_device_map(plan),
             attn_implementation=plan.attn_implementation,
             quantization_config=_quantization(plan),
@@ -51,7 +53,40 @@ def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str,
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary_size > rows:
         model.resize_token_embeddings(vocabulary_size, pad_to_multiple_of=EMBEDDING_MULTIPLE, mean_resizing=False)
+    if plan.frozen_dtype != "fp32":
+        _widen(model)
     return model
+
+
+class FrozenLinear(torch.nn.Linear):
+    """A linear layer stored in 16 bits, with an fp32 one's numbers: under autocast, which rounds fp32 weights at each use, and without."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class FrozenEmbedding(torch.nn.Embedding):
+    """An embedding stored in 16 bits with fp32 output, so that the residual stream is fp32."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids).float()
+
+
+def _widen(model: Any) -> None:
+    """From a model all in 16 bits: fp32 norms and all else but linear layers and embeddings, whose results are as in fp32 storage."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = FrozenLinear
+        elif type(module) is torch.nn.Embedding:
+            module.__class__ = FrozenEmbedding
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    setattr(module, name, buffer.float())
 
 
 def _quantization(plan: ModelPlan) -> BitsAndBytesConfig | None:
@@ -66,8 +101,8 @@ def _quantization(plan: ModelPlan) -> BitsAndBytesConfig | None:
 
 
 def _device_map(plan: ModelPlan) -> dict[str, Any] | None:
-    """bitsandbytes quantizes on the way to a device and must be told which; everything else is placed by the Trainer."""
-    if plan.quantization == "none":
+    """Straight to this process's GPU; under DeepSpeed and FSDP the engine places what is not quantized."""
+    if plan.quantization == "none" and not plan.loads_on_gpu:
         return None
     return {"": torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"}
 

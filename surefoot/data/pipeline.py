@@ -21,6 +21,7 @@ from surefoot.data.rows import Rows, flat
 from surefoot.errors import DataError
 
 if TYPE_CHECKING:
+    from surefoot.data.packing import PackedRows
     from surefoot.plan import DataPlan
 
 BATCH = 1000  # rows a call of the tokenizer, whose threads share them
@@ -28,12 +29,13 @@ BATCH = 1000  # rows a call of the tokenizer, whose threads share them
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What the trainer gets; eval is None when no row is held out."""
+    """What the trainer gets; eval is None when no row is held out, packed when rows are not packed."""
 
     train: Rows
     eval: Rows | None
     audit: Audit
     report: DataReport
+    packed: PackedRows | None = None
 
 
 def make(plan: DataPlan, encoder: masking.Encoder, files: tuple[SourceFile, ...], *, shows_progress: bool) -> Data:

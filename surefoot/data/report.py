@@ -65,7 +65,8 @@ def cutoff_advice(lengths: NDArray[np.int64], cutoff_len: int) -> str:
 class DataReport:
     """The facts of a data set. tokens and lengths are those of the training rows; fingerprint is of all tokens, masks and their order.
 
-    reasons are the audit's rows by reason (audit.json has which), verdict is its line; notes are said last.
+    reasons are the audit's rows by reason (audit.json has which), verdict is its line; packing holds its figures where rows are packed;
+    notes are said last.
     """
 
     rows_read: int
@@ -89,6 +90,7 @@ class DataReport:
     reasons: Mapping[str, int]
     verdict: str
     from_cache: bool = False
+    packing: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     def as_record(self) -> dict[str, Any]:

@@ -123,8 +123,11 @@ def compare(trial: Trial, stages: tuple[int, int], band: float) -> Report:
     """
     runs: list[Run] = []
     checks: list[Check] = []
+    packs = (
+        trial.config.packing is True or trial.config.pack_len is not None
+    )  # auto depends on the stage, and both must see the same batches
     for stage in stages:
-        runs.append(start(trial, f"stage{stage}", stage=stage))
+        runs.append(start(trial, f"stage{stage}", stage=stage, packing=packs))
         found = [check for check in judge(runs[-1]) if check.name != "falling"]  # not asked here
         checks += [check._replace(name=f"stage {stage} {check.name}") for check in found]
         if not stability.passed(found):

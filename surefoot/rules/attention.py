@@ -1,4 +1,4 @@
-"""Attention, its kernels, compile and recompute: what the stage sets, single flags override, and the attention canary allows."""
+"""Attention, its kernels and compile: what the stage sets, single flags override, and the attention canary allows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def to_check(desk: Desk) -> Shape | None:
     """The shape for the canary, None where eager is asked for, there is no GPU, or the model does not say its heads."""
     if not desk.machine.gpus or _wanted(desk) == "eager" or desk.inputs.model_config is None:
         return None
-    found = _model(desk)
+    found = text_model(desk)
     heads = found.get("num_attention_heads")
     size = found.get("head_dim") or (found["hidden_size"] // heads if heads and found.get("hidden_size") else None)
     if not heads or not size:
@@ -70,22 +70,45 @@ def _failure(desk: Desk, name: str) -> str:
     if desk.verdicts is None:
         return ""
     backends = [f"sdpa_{kernel}" for kernel in SDPA_KERNELS] if name == "sdpa" else [name]
-    obstacles = [desk.verdicts.obstacle(backend, _masks(desk)) for backend in backends]
+    obstacles = [desk.verdicts.obstacle(backend, _masks(desk, backend)) for backend in backends]
     return "" if "" in obstacles else f"failed the canary ({'; '.join(obstacles)})"
 
 
-def _model(desk: Desk) -> dict[str, Any]:
+def text_model(desk: Desk) -> dict[str, Any]:
     """The text model's part of config.json."""
     found = desk.inputs.model_config or {}
     text = found.get("text_config")
     return text if isinstance(text, dict) else found
 
 
-def _masks(desk: Desk) -> tuple[str, ...]:
-    """The masks that attention meets in training: none but the causal flag, unless the model has sliding windows shorter than a row."""
-    found = _model(desk)
+def has_short_windows(desk: Desk) -> bool:
+    """Whether the model has sliding windows shorter than a row."""
+    found = text_model(desk)
     window = found.get("sliding_window") if found.get("use_sliding_window", True) else None
-    return ("causal", "explicit") if isinstance(window, int) and window < desk.config.cutoff_len else ("causal",)
+    return isinstance(window, int) and window < desk.config.cutoff_len
+
+
+def varlen_obstacle(desk: Desk) -> str:
+    """Why sdpa cannot give packed rows to torch's varlen kernel, a flash kernel that takes no mask."""
+    if not desk.machine.gpus:
+        return "varlen needs a CUDA GPU"
+    if desk.config.disable_flash_sdpa:
+        return "varlen is a flash kernel (--disable_flash_sdpa)"
+    if has_short_windows(desk):
+        return "varlen is not used with sliding windows shorter than a row"
+    if text_model(desk).get("attention_dropout"):
+        return "varlen has no attention dropout"
+    if desk.verdicts is None:
+        return "nothing has checked varlen on this machine"
+    obstacle = desk.verdicts.obstacle("varlen", ("packed",))
+    return f"varlen {obstacle}" if obstacle else ""
+
+
+def _masks(desk: Desk, backend: str) -> tuple[str, ...]:
+    """The masks that a backend meets in training: none but the causal flag, unless windows are shorter than a row or rows are packed."""
+    explicit = ("explicit",) if has_short_windows(desk) else ()
+    is_packed = desk.config.packing is True and (not backend.startswith("sdpa") or bool(varlen_obstacle(desk)))
+    return ("causal", *explicit, *(("packed",) if is_packed else ()))
 
 
 def kernels(desk: Desk, implementation: str) -> Iterator[Choice]:
@@ -110,7 +133,8 @@ def kernels(desk: Desk, implementation: str) -> Iterator[Choice]:
 
 def _kernel_failure(desk: Desk, kernel: str) -> str:
     """Why a kernel gives wrong numbers here; one that merely does not take a case is never chosen for it."""
-    found = [desk.verdicts.of(f"sdpa_{kernel}", mask) for mask in _masks(desk)] if desk.verdicts else []
+    masks = _masks(desk, f"sdpa_{kernel}")
+    found = [desk.verdicts.of(f"sdpa_{kernel}", mask) for mask in masks] if desk.verdicts else []
     return next((f"{v.mask}: {v.reason}" for v in found if v is not None and v.state == "fail"), "")
 
 
@@ -128,15 +152,17 @@ def _cudnn(desk: Desk) -> tuple[bool, str, str]:
         return desk.stage.disable_cudnn_sdpa, source, "" if desk.stage.disable_cudnn_sdpa else "as the stage says"
     if v is None:
         return True, source, "until the canary has run on this machine"
-    if not v.passes("sdpa_cudnn", _masks(desk)):
-        return True, source, f"canary: {v.obstacle('sdpa_cudnn', _masks(desk))}"
+    masks = _masks(desk, "sdpa_cudnn")
+    if not v.passes("sdpa_cudnn", masks):
+        return True, source, f"canary: {v.obstacle('sdpa_cudnn', masks)}"
+    passed = "no mask is passed in training" if masks == ("causal",) else f"also under a mask ({', '.join(masks[1:])})"
     ours, flash = v.of("sdpa_cudnn", "causal"), v.of("sdpa_flash", "causal")
     if ours and flash and ours.milliseconds and flash.milliseconds and flash.state == "pass":
         ratio = flash.milliseconds / ours.milliseconds
         if ratio < 1 / CLEARLY_SLOWER:
             return True, source, f"canary: right, but takes {1 / ratio:.2f} times flash's time"
-        return False, source, f"canary: right, and {ratio:.2f} times as fast as flash; no mask is passed in training"
-    return False, source, "canary: right; no mask is passed in training"
+        return False, source, f"canary: right, and {ratio:.2f} times as fast as flash; {passed}"
+    return False, source, f"canary: right; {passed}"
 
 
 def compiling(desk: Desk) -> Choice:
@@ -144,9 +170,3 @@ def compiling(desk: Desk) -> Choice:
     if c.enable_torch_compile is not None:
         return desk.as_given("enable_torch_compile", "one decoder layer at a time" if c.enable_torch_compile else "")
     return Choice("enable_torch_compile", desk.stage.enable_torch_compile, f"stage {c.stage}", "")
-
-
-def checkpointing(desk: Desk) -> Choice:
-    asked = desk.config.use_gradient_checkpointing
-    reason = "unsloth's recompute needs the unsloth backend; the plain one is used" if asked == "unsloth" else ""
-    return Choice("use_gradient_checkpointing", bool(asked), desk.config.source("use_gradient_checkpointing"), reason)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from surefoot.config import Config
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
+from surefoot.memory import Estimate
 from surefoot.stages import STAGES, Stage
 from surefoot.verdicts import Verdicts
 
@@ -26,6 +27,7 @@ class Desk:
     """What the rules read, and what they write down: `problems` stop the plan, `notes` are printed with it.
 
     obstacle says why the backend asked for cannot run, where that only matters to --strict_backend. verdicts are the attention canary's.
+    estimate is of the run's memory, None where there is none.
     """
 
     config: Config
@@ -35,6 +37,7 @@ class Desk:
     notes: list[str]
     obstacle: str | None = field(default=None)
     verdicts: Verdicts | None = field(default=None)
+    estimate: Estimate | None = field(default=None)
 
     @property
     def stage(self) -> Stage:

@@ -31,8 +31,6 @@ def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
         optim=t.optim,
         bf16=t.precision == "bf16",
         fp16=t.precision == "fp16",
-        gradient_checkpointing=plan.model.use_gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.model.use_gradient_checkpointing else None,
         use_cpu=not plan.machine.gpus,
         logging_steps=t.logging_steps,
         logging_first_step=True,
@@ -45,6 +43,7 @@ def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
         train_sampling_strategy="group_by_length" if t.group_by_length else "random",
         dataloader_num_workers=t.dataloader_num_workers,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # every rank makes the same ones
         seed=t.seed,
         full_determinism=False,
         **_schedule(t, evaluates),

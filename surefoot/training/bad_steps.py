@@ -104,13 +104,17 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def as_files(batch: MicroBatch) -> dict[str, torch.Tensor]:
     """The micro-batch as named host tensors, random state included."""
     tensors = {f"input.{name}": tensor.detach().cpu().contiguous() for name, tensor in batch.inputs.items() if torch.is_tensor(tensor)}
+    numbers = {f"number.{name}": torch.tensor(number) for name, number in batch.inputs.items() if isinstance(number, int)}
     random = {f"random.{name}": state for name, state in batch.random.items()}
-    return {**tensors, **random, "rows": batch.rows.cpu(), "loss": batch.loss.detach().float().cpu().reshape(1)}
+    return {**tensors, **numbers, **random, "rows": batch.rows.cpu(), "loss": batch.loss.detach().float().cpu().reshape(1)}
 
 
 def from_files(tensors: dict[str, torch.Tensor], device: torch.device) -> MicroBatch:
     """The inverse of as_files()."""
-    inputs = {name.removeprefix("input."): tensor.to(device) for name, tensor in tensors.items() if name.startswith("input.")}
+    inputs: dict[str, Any] = {
+        name.removeprefix("input."): tensor.to(device) for name, tensor in tensors.items() if name.startswith("input.")
+    }
+    inputs |= {name.removeprefix("number."): int(number) for name, number in tensors.items() if name.startswith("number.")}
     random = {name.removeprefix("random."): tensor for name, tensor in tensors.items() if name.startswith("random.")}
     return MicroBatch(inputs, tensors["rows"], tensors["loss"][0], random)
 

@@ -19,7 +19,7 @@ GAUSSIAN = 1.4826  # median absolute deviation to standard deviation, for normal
 class MicroBatch(NamedTuple):
     """One forward pass of the step: its inputs, which rows they are, its loss (on the device), and the random state before it."""
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]  # tensors, and the ints of a packed row
     rows: torch.Tensor
     loss: torch.Tensor
     random: dict[str, torch.Tensor]
@@ -62,7 +62,7 @@ class Guard:
     total: float = 0.0
     good_steps: int = 0
 
-    def collect(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor, loss: torch.Tensor, random: dict[str, torch.Tensor]) -> None:
+    def collect(self, inputs: dict[str, Any], rows: torch.Tensor, loss: torch.Tensor, random: dict[str, torch.Tensor]) -> None:
         self.window.append(MicroBatch(inputs, rows, loss, random))
 
     def measure(self, grad_norm: Any, tokens: torch.Tensor | None) -> torch.Tensor:

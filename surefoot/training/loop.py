@@ -36,11 +36,12 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
     _pending: Pending | None = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        self.ledger.meter.count(inputs.pop("lengths"))
+        self.ledger.meter.count(inputs.pop("lengths"), inputs["input_ids"].shape)
         rows, random = inputs.pop("rows"), guard.random_state()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._tokens = num_items_in_batch
         scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        inputs.pop("positions", None)  # follow from the labels
         self.guard.collect({**inputs, **scale}, rows, loss, random)
         return loss
 

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Meter:
         self._earlier_tokens = 0
         self.seconds = 0.0
         self.steps = 0
+        self.widest = (0, 0)
         self._resumed_at: float | None = None
 
     def start(self) -> None:
@@ -71,8 +73,10 @@ class Meter:
             self.seconds += time.perf_counter() - self._resumed_at
             self._resumed_at = None
 
-    def count(self, lengths: torch.Tensor) -> None:
+    def count(self, lengths: torch.Tensor, shape: Sequence[int] = (0, 0)) -> None:
+        """Adds a micro-batch: the tokens of its rows, and its rows and width with padding."""
         self._tokens += lengths.sum()
+        self.widest = max(self.widest, (shape[0], shape[1]), key=math.prod)
 
     @property
     def total_tokens(self) -> int:

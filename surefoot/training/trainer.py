@@ -10,13 +10,14 @@ import torch
 import transformers
 
 from surefoot.errors import BackendError, NumericsError
-from surefoot.plan import Plan, TrainPlan
-from surefoot.training import saved
+from surefoot.plan import Plan
+from surefoot.training import leak, saved
 from surefoot.training.arguments import training_arguments
 from surefoot.training.guard import Guard
 from surefoot.training.health import Health
 from surefoot.training.loop import SurefootTrainer
 from surefoot.training.metrics import Ledger, Meter, duration, peak_memory_gib
+from surefoot.training.recompute import recompute
 
 
 def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> dict[str, Any]:
@@ -29,14 +30,16 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         NumericsError: too many steps in a row were not finite, the loss rose and was to stop the run, or nothing was learned.
         BackendError: a trainable tensor is not fp32 or not in the optimizer, the GPU's memory ran out, or the saved files are wrong.
     """
+    recompute(model, plan.model.recompute_layers)
     trainer = _trainer(plan, model, tokenizer, data, collator)
     health = Health(checks_optimizer=plan.machine.engine in ("single", "ddp"))
     trainer.add_callback(health)
+    packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
     began = time.perf_counter()
     try:
         result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
     except torch.OutOfMemoryError as error:
-        raise BackendError(_out_of_memory(plan.train, plan.model.use_gradient_checkpointing)) from error
+        raise BackendError(_out_of_memory(plan)) from error
     trainer.settle()
     if trainer.stop_reason is not None:
         raise NumericsError(trainer.stop_reason)
@@ -47,11 +50,13 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         "tokens": meter.total_tokens * plan.machine.world_size,
         "seconds": round(time.perf_counter() - began, 3),
         "peak_memory_gib": round(peak_memory_gib(), 3),
+        "memory": _memory(plan, meter),
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "bad_steps": guard.bad_steps,
         "loss_spikes": guard.spikes,
         "still_tensors": health.finish(model, result.global_step),
         "health": health.findings,
+        "packing": packing,
         "best_checkpoint": trainer.state.best_model_checkpoint,
     }
     if data.eval is not None and plan.train.eval_strategy != "no":
@@ -66,7 +71,7 @@ def _trainer(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -
     trainer = SurefootTrainer(
         model=model,
         args=training_arguments(plan, evaluates=data.eval is not None),
-        train_dataset=data.train,
+        train_dataset=data.train if data.packed is None else data.packed,
         eval_dataset=data.eval,
         data_collator=collator,
         processing_class=tokenizer,
@@ -82,13 +87,40 @@ def _trainer(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -
     return trainer
 
 
-def _out_of_memory(t: TrainPlan, recomputes: bool) -> str:
+def _leak(trainer: SurefootTrainer, model: Any, ids: Any) -> float | None:
+    """How far packed rows move each other's logits; None under an engine whose model is whole only in its own steps."""
+    if trainer.engine not in ("single", "ddp"):
+        return None
+    return leak.check(model, ids, trainer.accelerator.autocast)  # the model is not prepared yet
+
+
+def _out_of_memory(plan: Plan) -> str:
+    t = plan.train
     ways = [f"--per_device_train_batch_size={t.per_device_train_batch_size // 2}"] if t.per_device_train_batch_size > 1 else []
-    ways += [] if recomputes else ["--use_gradient_checkpointing"]
+    ways += [f"a --pack_len below {t.pack_len}"] if t.packing == "on" else []
+    ways += [] if _recomputes_all(plan) else ["--use_gradient_checkpointing"]
+    load = f"a packed row of {t.pack_len:,} slots" if t.packing == "on" else f"{t.per_device_train_batch_size} rows"
     return (
-        f"the GPU's memory ran out at {t.per_device_train_batch_size} rows a forward pass (peak {peak_memory_gib():.1f} GiB). "
+        f"the GPU's memory ran out at {load} a forward pass (peak {peak_memory_gib():.1f} GiB). "
         f"Use {' or '.join(ways) or '--load_4bit=True or a shorter --cutoff_len'}; the batch size of the optimizer step stays the same"
     )
+
+
+def _recomputes_all(plan: Plan) -> bool:
+    count = plan.model.recompute_layers
+    return count == -1 or (plan.memory is not None and count == plan.memory.decoder.layers)
+
+
+def _memory(plan: Plan, meter: Meter) -> dict[str, Any]:
+    """The estimate for the flags, and for the widest micro-batch that came (rows x length), beside the GPU's measured peak."""
+    rows, length = meter.widest
+    widest = plan.memory.at(rows=rows, length=length) if plan.memory is not None and rows else None
+    return {
+        "planned_gib": plan.memory and round(plan.memory.gib, 3),
+        "estimated_gib": widest and round(widest.gib, 3),
+        "measured_peak_gib": round(peak_memory_gib(), 3) if plan.machine.gpus else None,
+        "widest": [rows, length],
+    }
 
 
 def _final_eval_loss(trainer: SurefootTrainer) -> float:
@@ -111,4 +143,11 @@ def summary_line(summary: dict[str, Any], folder: str) -> str:
         parts.append(f"{len(summary['bad_steps'])} steps were skipped (bad_steps.jsonl)")
     if summary["still_tensors"]:
         parts.append(f"{len(summary['still_tensors'])} tensors did not move, first {summary['still_tensors'][0]}")
-    return f"done: {', '.join(parts)}. Saved in {folder}"
+    return f"{_memory_line(summary['memory'])}done: {', '.join(parts)}. Saved in {folder}"
+
+
+def _memory_line(memory: dict[str, Any]) -> str:
+    if memory["estimated_gib"] is None or memory["measured_peak_gib"] is None:
+        return ""
+    (rows, length), measured = memory["widest"], memory["measured_peak_gib"]
+    return f"memory: {memory['estimated_gib']:.1f} GiB estimated for {rows} x {length:,} tokens, {measured:.1f} measured\n"

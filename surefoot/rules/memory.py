@@ -1,0 +1,102 @@
+"""How many decoder layers recompute their activations: none, all, or the fewest with which the estimate fits the GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from surefoot.decoder import FAMILIES, Job, decoder_of
+from surefoot.memory import Estimate, estimate
+from surefoot.rules.attention import text_model
+from surefoot.rules.desk import Choice, Desk
+
+FREE = 0.08  # of the GPU's memory: CUDA's context, fragments, and what the arithmetic misses
+EVERY_LAYER = -1  # of a model whose config.json does not say how many it has
+NAME = "use_gradient_checkpointing"
+
+
+def recompute(desk: Desk, values: Mapping[str, Any]) -> Iterator[Choice]:
+    """The flag as it was given, and how many layers recompute because of it. Leaves the estimate on the desk.
+
+    Args:
+        values: everything decided before, by name.
+    """
+    asked = getattr(desk.config, NAME)
+    yield desk.as_given(NAME, "unsloth's recompute needs the unsloth backend; the plain one is used" if asked == "unsloth" else "")
+    obstacle = _obstacle(desk, values)
+    plain = None if obstacle else _estimate(desk, values)
+    count, reason = _layers(desk, plain, obstacle)
+    yield Choice("recompute_layers", count, "auto" if asked in ("auto", "selective") else desk.config.source(NAME), reason)
+    if plain is None:
+        if desk.machine.gpus:
+            desk.notes.append(f"memory was not estimated: {obstacle}")
+        return
+    desk.estimate = plain.at(recompute_layers=count)
+    _warn(desk, desk.estimate)
+
+
+def _obstacle(desk: Desk, values: Mapping[str, Any]) -> str:
+    """Why there is no estimate."""
+    engine, found, targets = desk.machine.engine, desk.inputs.model_config, values["target_modules"]
+    if engine in ("deepspeed", "fsdp"):
+        return f"{'DeepSpeed' if engine == 'deepspeed' else 'FSDP'} splits weights and state between processes"
+    if found is None:
+        return "no config.json was found"
+    decoder = decoder_of(found)
+    if decoder is None:
+        return f"model type {found.get('model_type')} is not one of {', '.join(FAMILIES)}, or its config.json lacks a size"
+    unknown = set(targets or ()) - {one.name for one in decoder.linears}
+    return f"target_modules names {', '.join(sorted(unknown))}" if unknown else ""
+
+
+def _estimate(desk: Desk, values: Mapping[str, Any]) -> Estimate | None:
+    """Without recompute, for the longest rows that the flags allow."""
+    c, micro = desk.config, values["per_device_train_batch_size"]
+    rows, length = micro, c.cutoff_len
+    if values["packing"] == "on" or (values["packing"] == "auto" and values["pack_len"]):
+        rows, length = 1, values["pack_len"] or micro * c.cutoff_len
+    names = {f.name for f in dataclasses.fields(Job)} & values.keys()
+    given: dict[str, Any] = {"lora_r": c.lora_r, "lora_dropout": c.lora_dropout, "is_ddp": desk.machine.engine == "ddp"}
+    given |= {name: values[name] for name in names} | {"rows": rows, "length": -(-length // 8) * 8}
+    decoder = decoder_of(desk.inputs.model_config)
+    return None if decoder is None else estimate(decoder, Job(**given))
+
+
+def _layers(desk: Desk, plain: Estimate | None, obstacle: str) -> tuple[int, str]:
+    """How many layers recompute, and why."""
+    asked, total = getattr(desk.config, NAME), _number_of_layers(desk)
+    if asked is False:
+        return 0, ""
+    if asked in (True, "unsloth") or (asked == "selective" and total == EVERY_LAYER):
+        return total, "every layer"
+    gpu = desk.machine.gpu
+    if plain is None or gpu is None:
+        why = "no GPU to fill" if gpu is None else f"nothing was estimated: {obstacle}"
+        return (0, f"{why}: none") if asked == "auto" else (max(1, total // 2), f"{why}: half of {total}")
+    room = (1 - FREE) * gpu.memory_gib
+    least = 0 if asked == "auto" else 1
+    fitting = next((count for count in range(least, total + 1) if plain.at(recompute_layers=count).gib <= room), total)
+    share = "none" if fitting == 0 else f"{fitting} of {total}"
+    made = f", {plain.at(recompute_layers=fitting).gib:.1f} with it" if fitting else ""
+    return fitting, f"estimate {plain.gib:.1f} GiB without recompute{made}, {gpu.memory_gib:g} GiB less {FREE:.0%}: {share}"
+
+
+def _number_of_layers(desk: Desk) -> int:
+    found = text_model(desk).get("num_hidden_layers")
+    return found if isinstance(found, int) else EVERY_LAYER
+
+
+def _warn(desk: Desk, made: Estimate) -> None:
+    """A note where the estimate is more than the GPU has, with the ways out."""
+    gpu, job = desk.machine.gpu, made.job
+    if gpu is None or made.gib <= (1 - FREE) * gpu.memory_gib:
+        return
+    ways = [f"--per_device_train_batch_size={job.rows // 2}"] if job.rows > 1 else []
+    ways += [] if job.recompute_layers == made.decoder.layers else [f"--{NAME}=auto"]
+    ways += ["--load_4bit=True"] if job.quantization == "none" and job.method != "full" else []
+    ways += [f"a --cutoff_len below {desk.config.cutoff_len}"]
+    desk.notes.append(
+        f"the estimate of {made.gib:.1f} GiB does not fit {gpu.name} ({gpu.memory_gib:g} GiB less {FREE:.0%}): "
+        f"the run may end for lack of memory. Ways out: {', '.join(ways)}"
+    )

@@ -1,0 +1,33 @@
+"""recompute(): the first decoder layers keep only their input and run again in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+
+from surefoot.errors import BackendError
+
+
+def recompute(model: Any, count: int) -> None:
+    """Lets the first `count` decoder layers recompute, -1: all of them; the others keep their activations.
+
+    The first ones, since their turn in the backward pass comes last, when the later layers' activations are gone.
+
+    Raises:
+        BackendError: the model cannot recompute, or has no list of decoder layers to choose from.
+    """
+    if count == 0:
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not base.supports_gradient_checkpointing:
+        raise BackendError(f"{type(base).__name__} cannot recompute activations. Use --use_gradient_checkpointing=False")
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.disable_input_require_grads()  # only the reentrant kind needs it, and the first layer's input gradient costs a GEMM
+    if count < 0:
+        return
+    layers = getattr(base.get_decoder(), "layers", None)
+    if layers is None:
+        raise BackendError(f"{type(base).__name__} has no `layers` to choose from. Use --use_gradient_checkpointing=True, or False")
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < count

@@ -98,7 +98,7 @@ class Job:
         return self.enable_torch_compile and self.lora_dropout == 0 and (self.is_fused or self.method == "lora")
 
     def fuses_mlp(self, decoder: Decoder) -> bool:
-        """gate, up and down as one operation, which keeps no product of both: ops/layers.py."""
+        """gate, up and down as one operation, which keeps no product of both: ops/fuse.py."""
         adapted = {one.name for one in self.adapted(decoder)}
         return self.is_fused and decoder.family != "gemma" and adapted >= {*MLP} and not {*MLP} & {*decoder.biased}
 

@@ -38,7 +38,8 @@ def carry_out(plan: Plan, *, say: Any) -> None:
     from surefoot import adapters, artifacts, tokens, weights
     from surefoot.backends import hf
     from surefoot.data import audit, packing, prepare, rows
-    from surefoot.ops import head, layers
+    from surefoot.ops import head
+    from surefoot.ops.fuse import fuse
     from surefoot.training import trainer
 
     runtime.apply(plan.process)
@@ -65,7 +66,7 @@ def carry_out(plan: Plan, *, say: Any) -> None:
     model = adapters.attach(model, plan.adapter, plan.process.seed)
     say(adapters.describe(model))
     if plan.model.fused_adapters:
-        say(layers.fuse(model).line())
+        say(fuse(model).line())
     collator: Any = packing.collator(data, rows.Collator(pad_token_id=pad.token_id))
     if plan.model.fused_loss:
         head.use_head_loss(model, compiled=plan.model.enable_torch_compile)

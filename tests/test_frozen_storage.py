@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from surefoot import adapters
 from surefoot.backends import hf
 from surefoot.config import Config
-from surefoot.ops import head, layers
+from surefoot.ops import head
+from surefoot.ops.fuse import fuse
 from surefoot.plan import Plan, make_plan
 from tests.conftest import H200, SMALL_MODEL, inputs, machine
 from tests.test_adapters import adapter_plan, model_plan
@@ -67,7 +68,7 @@ def by_peft(model: Any) -> None:
 
 
 def by_fused_layers(model: Any) -> None:
-    assert layers.fuse(model).refused == {}
+    assert fuse(model).refused == {}
 
 
 def by_fused_layers_and_loss(model: Any) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from surefoot import adapters
 from surefoot.backends import hf
 from surefoot.ops import layers
+from surefoot.ops.fuse import Fused, fuse
+from surefoot.ops.layers import Fusion
 from tests.test_adapters import adapter_plan, logits, model_plan
 
 IDS = torch.arange(20, 100).reshape(2, 40)
@@ -54,7 +56,7 @@ def furthest(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 
 
 @contextmanager
-def by_peft(fused: layers.Fused) -> Iterator[None]:
+def by_peft(fused: Fused) -> Iterator[None]:
     """PEFT's own forward in every layer."""
     for layer in fused.layers:
         layer.is_fused = False
@@ -63,7 +65,7 @@ def by_peft(fused: layers.Fused) -> Iterator[None]:
         layer.is_fused = True
 
 
-def check(model: Any, fused: layers.Fused) -> None:
+def check(model: Any, fused: Fused) -> None:
     """The fused logits are PEFT's own."""
     with by_peft(fused):
         truth = logits(model)
@@ -84,7 +86,7 @@ def check(model: Any, fused: layers.Fused) -> None:
 def test_model_when_fused_then_loss_and_gradients_are_pefts(changes: dict[str, Any], recomputed: bool) -> None:
     model = adapted(**changes)
     truth = trained_on(model)
-    fused = layers.fuse(model)
+    fused = fuse(model)
     assert (len(fused.layers), fused.refused) == (8 if "target_modules" in changes else 28, {})
     if recomputed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -100,7 +102,7 @@ def test_model_when_under_bf16_autocast_then_is_as_near_to_fp32_as_peft(method: 
     truth = trained_on(adapted(quantization, method=method, lora_dropout=dropout))
     model = adapted(quantization, "bf16", method=method, lora_dropout=dropout)
     plain = furthest(trained_on(model, bf16=True), truth)
-    layers.fuse(model)
+    fuse(model)
     ours = furthest(trained_on(model, bf16=True), truth)
     assert ours < 1.5 * plain, (ours, plain)
 
@@ -111,14 +113,14 @@ def test_layers_when_they_share_an_input_then_are_one_product(monkeypatch: pytes
         kept = getattr(layers, name)
         monkeypatch.setattr(layers, name, lambda *words, kept=kept, name=name: calls.append((name, len(words[2]))) or kept(*words))
     model = adapted()
-    layers.fuse(model)
+    fuse(model)
     logits(model)
     assert calls == [("adapted_linears", 3), ("adapted_linears", 1), ("adapted_mlp", 3)] * 4
 
 
 def test_norms_when_gradients_accumulate_then_are_renewed_once_a_step() -> None:
     model = adapted()
-    fused = layers.fuse(model)
+    fused = fuse(model)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
     for step in range(3):
         for _ in range(4):
@@ -167,14 +169,14 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "sgd": lambda model: step_by(model, torch.optim.SGD),
     "adamw": lambda model: step_by(model, torch.optim.AdamW),
     "data_optimizer": lambda model: step_by(model, DataOptimizer),
-    "scale": lambda model: [layer.set_scale("default", 3.0) for layer in model.modules() if isinstance(layer, layers.Fusion)],
+    "scale": lambda model: [layer.set_scale("default", 3.0) for layer in model.modules() if isinstance(layer, Fusion)],
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_norms_when_what_they_depend_on_changes_then_are_renewed(change: Callable[[Any], Any]) -> None:
     model = adapted()
-    fused = layers.fuse(model)
+    fused = fuse(model)
     check(model, fused)
     before = logits(model)
     assert fused.renewals == 1
@@ -187,7 +189,7 @@ def test_norms_when_what_they_depend_on_changes_then_are_renewed(change: Callabl
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_scale_when_changed_for_one_layer_or_all_then_logits_are_pefts(method: str) -> None:
     model = adapted(method=method)
-    fused = layers.fuse(model)
+    fused = fuse(model)
     with rescale_adapter_scale(model, 0.25):
         check(model, fused)
     check(model, fused)
@@ -202,7 +204,7 @@ def test_generate_when_fused_then_gives_pefts_tokens(quantization: str) -> None:
     wanted = model.generate(
         input_ids=IDS, max_new_tokens=8, do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True
     )
-    layers.fuse(model)
+    fuse(model)
     found = model.generate(
         input_ids=IDS, max_new_tokens=8, do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True
     )
@@ -216,7 +218,7 @@ def test_model_when_its_adapter_is_off_or_merged_then_is_the_base_or_itself(meth
     base = logits(hf.load_model(model_plan(), 0, None))
     model = adapted(method=method)
     wanted = logits(model)
-    layers.fuse(model)
+    fuse(model)
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
     model.merge_adapter()
@@ -231,7 +233,7 @@ def test_model_when_merged_and_unloaded_or_unloaded_then_still_computes(method: 
     base = logits(hf.load_model(model_plan(), 0, None))
     first, second = adapted(method=method), adapted(method=method)
     wanted = logits(first)
-    layers.fuse(first)
-    layers.fuse(second)
+    fuse(first)
+    fuse(second)
     assert torch.allclose(logits(first.merge_and_unload()), wanted, atol=1e-4)
     assert torch.equal(logits(second.unload()), base)

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from surefoot.backends import hf
-from surefoot.ops import layers
+from surefoot.ops.fuse import fuse
 from tests.test_adapters import logits, model_plan
 from tests.test_fused_layers import LIMIT, adapted, disturbed, furthest, trained_on
 
@@ -58,7 +58,7 @@ REFUSED = [
 def test_layer_when_unknown_then_is_named_with_its_reason_and_stays_pefts(make: Any, name: str, count: int, reason: str) -> None:
     model = make()
     truth = trained_on(model)
-    fused = layers.fuse(model)
+    fused = fuse(model)
     refused = {full: why for full, why in fused.refused.items() if full.endswith(name)}
     assert (len(refused), set(refused.values())) == (count, {reason})
     first, why = next(iter(fused.refused.items()))
@@ -79,7 +79,7 @@ def test_layer_when_unknown_then_is_named_with_its_reason_and_stays_pefts(make: 
 def test_siblings_when_their_ranks_or_scales_differ_then_gradients_are_pefts(changes: dict[str, Any], use_dora: bool) -> None:
     model = with_config(lora_alpha=8, use_dora=use_dora, **changes)
     truth = trained_on(model)
-    assert layers.fuse(model).refused == {}
+    assert fuse(model).refused == {}
     assert furthest(trained_on(model), truth) < LIMIT
 
 
@@ -87,20 +87,20 @@ def test_siblings_when_their_ranks_or_scales_differ_then_gradients_are_pefts(cha
 def test_adapter_when_saved_from_a_fused_model_then_plain_peft_loads_it_and_back(tmp_path: Path, method: str) -> None:
     model = adapted(method=method)
     names = set(model.state_dict())
-    layers.fuse(model)
+    fuse(model)
     assert set(model.state_dict()) == names
     model.save_pretrained(tmp_path / "fused", save_embedding_layers=False)
     plain = PeftModel.from_pretrained(hf.load_model(model_plan(), 0, None), tmp_path / "fused")
     assert torch.allclose(logits(plain), logits(model), atol=1e-4)
     plain.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
     back = PeftModel.from_pretrained(hf.load_model(model_plan(), 0, None), tmp_path / "plain")
-    assert layers.fuse(back).refused == {}
+    assert fuse(back).refused == {}
     assert torch.equal(logits(back), logits(model))
 
 
 def test_adapter_when_a_second_one_is_active_or_both_then_logits_are_pefts() -> None:
     model, plain = adapted(), adapted()
-    fused = layers.fuse(model)
+    fused = fuse(model)
     for one in (model, plain):
         torch.manual_seed(2)
         one.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False))

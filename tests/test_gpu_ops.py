@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from surefoot.ops import head, layers, norms, swiglu
+from surefoot.ops import head, norms, swiglu
+from surefoot.ops.fuse import fuse
 from tests.test_fused_layers import IDS, adapted
 from tests.test_ops import exact_norm
 
@@ -80,7 +81,7 @@ def test_model_when_fused_under_bf16_autocast_then_is_as_near_to_fp32_as_peft(me
     truth = trained_on(adapted(quantization, method=method).cuda(), autocast=False)
     model = adapted(quantization, "bf16", method=method).cuda()
     plain = trained_on(model, autocast=True)
-    assert layers.fuse(model).refused == {}
+    assert fuse(model).refused == {}
     head.use_head_loss(model, compiled=False)
     found = trained_on(model, autocast=True)
     assert {one.dtype for one in found.values()} == {torch.float32}
@@ -92,6 +93,6 @@ def test_model_when_fused_under_bf16_autocast_then_is_as_near_to_fp32_as_peft(me
 def test_model_when_fused_in_fp32_then_loss_and_gradients_are_pefts() -> None:
     model = adapted().cuda()
     truth = trained_on(model, autocast=False)
-    layers.fuse(model)
+    fuse(model)
     found = trained_on(model, autocast=False)
     assert max(distance(found[name], truth[name]) for name in truth) < 2e-5

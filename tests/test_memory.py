@@ -16,7 +16,8 @@ from surefoot.activations import kept
 from surefoot.backends import hf
 from surefoot.decoder import Decoder, Job, decoder_of
 from surefoot.memory import estimate
-from surefoot.ops import layers, quantized
+from surefoot.ops import quantized
+from surefoot.ops.fuse import fuse
 from tests.test_adapters import adapter_plan, model_plan
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma": GemmaConfig, "mistral": MistralConfig}
@@ -56,7 +57,7 @@ def model_of(family: str, j: Job) -> Any:
     plan = adapter_plan(method=j.method, lora_r=j.lora_r, lora_dropout=j.lora_dropout, target_modules=j.target_modules)
     model = adapters.attach(model, plan, seed=1)
     if j.fused_adapters:
-        assert layers.fuse(model).refused == {}
+        assert fuse(model).refused == {}
     if j.recompute_layers:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if j.enable_torch_compile:
@@ -175,7 +176,7 @@ def test_quantized_layers_when_counted_then_give_wide_outputs(tmp_path: Path, ch
     base = hf.load_model(model_plan(path=str(tmp_path), quantization="nf4", compute_dtype="bf16", attn_implementation="sdpa"), 0, None)
     model = adapters.attach(base, adapter_plan(method=j.method, target_modules=SEVEN), seed=1).train()
     if j.fused_adapters:
-        layers.fuse(model)
+        fuse(model)
     assert sum(kept(tiny("llama"), j).values()) == pytest.approx(count(model, j).layer, rel=0.01)
 
 

@@ -112,6 +112,7 @@ class ProcessPlan:
 
     seed: int
     deterministic: bool
+    gpu: int | None  # this process's; what says just "cuda" means it
     sdpa_kernels: tuple[str, ...]  # of cudnn, flash, efficient, math
     environment: dict[str, str]
 
@@ -196,7 +197,7 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdic
             cache_dir=machine.cache_dir if config.data_cache else None,
         ),
         train=_pick(TrainPlan, config, **values),
-        process=_pick(ProcessPlan, config, **values),
+        process=_pick(ProcessPlan, config, gpu=machine.local_rank if machine.gpus else None, **values),
         output=OutputPlan(folder=config.output_dir, clears_earlier_run=config.overwrite, resume_from=values["resume_from"]),
         machine=machine,
         attention=verdicts,

@@ -23,6 +23,8 @@ def apply(plan: ProcessPlan) -> None:
     import transformers
 
     quiet()
+    if plan.gpu is not None:
+        torch.cuda.set_device(plan.gpu)  # else every process would load its model onto the first GPU
     torch.backends.cuda.enable_cudnn_sdp("cudnn" in plan.sdpa_kernels)
     torch.backends.cuda.enable_flash_sdp("flash" in plan.sdpa_kernels)
     torch.backends.cuda.enable_mem_efficient_sdp("efficient" in plan.sdpa_kernels)

@@ -65,7 +65,7 @@ def by_peft(fused: Fused) -> Iterator[None]:
         layer.is_fused = True
 
 
-def check(model: Any, fused: Fused) -> None:
+def assert_logits_are_pefts(model: Any, fused: Fused) -> None:
     """The fused logits are PEFT's own."""
     with by_peft(fused):
         truth = logits(model)
@@ -128,7 +128,7 @@ def test_norms_when_gradients_accumulate_then_are_renewed_once_a_step() -> None:
         assert fused.renewals == step + 1
         optimizer.step()
         optimizer.zero_grad()
-    check(model, fused)
+    assert_logits_are_pefts(model, fused)
     assert fused.renewals == 4
 
 
@@ -177,11 +177,11 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_norms_when_what_they_depend_on_changes_then_are_renewed(change: Callable[[Any], Any]) -> None:
     model = adapted()
     fused = fuse(model)
-    check(model, fused)
+    assert_logits_are_pefts(model, fused)
     before = logits(model)
     assert fused.renewals == 1
     change(model)
-    check(model, fused)
+    assert_logits_are_pefts(model, fused)
     assert fused.renewals == 2
     assert not torch.allclose(logits(model), before, atol=1e-2)
 
@@ -191,11 +191,11 @@ def test_scale_when_changed_for_one_layer_or_all_then_logits_are_pefts(method: s
     model = adapted(method=method)
     fused = fuse(model)
     with rescale_adapter_scale(model, 0.25):
-        check(model, fused)
-    check(model, fused)
+        assert_logits_are_pefts(model, fused)
+    assert_logits_are_pefts(model, fused)
     for layer in fused.layers[::2]:
         layer.set_scale("default", 3.0)
-    check(model, fused)
+    assert_logits_are_pefts(model, fused)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

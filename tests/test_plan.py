@@ -191,3 +191,9 @@ def test_table_when_short_then_counts_what_it_leaves_out() -> None:
     assert len(short.splitlines()) < len(full.splitlines())
     assert "more at their defaults" in short
     assert all(f"\n{c.name} " in full for c in made.choices)
+
+
+def test_process_when_it_is_one_of_several_on_a_machine_then_has_its_own_gpu() -> None:
+    here = machine(gpus=(H200, H200), world_size=2, rank=1, local_rank=1, engine="ddp")
+    assert make_plan(Config.parse({"base_model": "org/model"}), here, inputs()).process.gpu == 1
+    assert make_plan(Config.parse({"base_model": "org/model"}), machine(), inputs()).process.gpu is None

@@ -20,8 +20,7 @@ from surefoot.ops.fuse import fuse
 from surefoot.plan import Plan, make_plan
 from tests.conftest import H200, SMALL_MODEL, inputs, machine
 from tests.test_adapters import adapter_plan, model_plan
-
-IDS = torch.arange(20, 100).reshape(2, 40)
+from tests.test_fused_layers import IDS, trained_on
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +44,6 @@ def loaded(checkpoint: Path, dtype: str, vocabulary: int = 0) -> Any:
 
 def adapted(checkpoint: Path, dtype: str, **changes: object) -> Any:
     return adapters.attach(loaded(checkpoint, dtype), adapter_plan(**changes), seed=3)
-
-
-def trained_on(model: Any, autocast: bool) -> dict[str, Tensor]:
-    model.train()
-    model.zero_grad()
-    torch.manual_seed(5)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {"loss": loss.detach(), **gradients}
 
 
 def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:

@@ -147,5 +147,5 @@ def read_setup(folder: Path) -> Setup | None:
     decided["sdpa_kernels"] = tuple(decided["sdpa_kernels"])
     gpus = plan["machine"]["gpus"]
     reason = next(choice["reason"] for choice in plan["choices"] if choice["name"] == "attn_implementation")
-    gpu = gpus[0]["name"] if gpus else None
-    return Setup(**{name: decided[name] for name in Setup._fields if name in decided}, gpu=gpu, reason=reason)
+    decided |= {"gpu": gpus[0]["name"] if gpus else None, "reason": reason}
+    return Setup(**{name: decided[name] for name in Setup._fields})

@@ -42,7 +42,7 @@ class BackendError(SurefootError):
     exit_code = 5
 
 
-class Preempted(SurefootError):
+class Preempted(SurefootError):  # noqa: N818 - no error: the run did what it was asked
     exit_code = 75
 
 

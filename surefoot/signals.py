@@ -24,6 +24,7 @@ class StopRequest:
     """`asked` says by whom a stop was asked for. Until `begin()` nothing can be lost, and a signal ends the process at once."""
 
     stop_file: Path | None = None
+    watches_launcher: bool = False
     asked: str | None = None
     since: float = 0.0
     parent: int = field(default_factory=os.getppid)
@@ -36,14 +37,15 @@ class StopRequest:
     def is_asked(self) -> bool:
         if self.asked is None and self.stop_file is not None and self.stop_file.exists():
             self._note(f"the stop file {self.stop_file}")
-        if self.asked is None and os.getppid() != self.parent:
-            self._note("the end of the process that started this one")
+        if self.asked is None and self.watches_launcher and os.getppid() != self.parent:
+            self._note("the end of its launcher")
         return self.asked is not None
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not self.has_begun:
             _write(f"{name} before this process has finished a step: nothing is lost, the same command with --resume goes on")
+            ignore()
             raise SystemExit(Preempted.exit_code)
         if self.asked is None:
             self._note(name)
@@ -67,18 +69,15 @@ def ignore() -> None:
 
 
 @contextmanager
-def heeded(stop_file: str | None) -> Iterator[StopRequest]:
+def heeded(stop_file: str | None, *, watches_launcher: bool) -> Iterator[StopRequest]:
     """Signals go to the request while the context lasts. Only a main thread can take them; elsewhere the stop file alone is heeded."""
-    request = StopRequest(stop_file=Path(stop_file) if stop_file else None)
+    request = StopRequest(stop_file=Path(stop_file) if stop_file else None, watches_launcher=watches_launcher)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     before = {number: signal.signal(number, request.on_signal) for number in STOPS}
     try:
         yield request
-    except Preempted:
-        ignore()
-        raise
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) == request.on_signal:

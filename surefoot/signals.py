@@ -41,18 +41,26 @@ class StopRequest:
             self._note("the end of its launcher")
         return self.asked is not None
 
+    def leave_if_asked(self) -> None:
+        """For places where nothing can be lost yet, and a stop file may have been laid."""
+        if self.is_asked():
+            self._leave(str(self.asked))
+
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not self.has_begun:
-            _write(f"{name} before this process has finished a step: nothing is lost, the same command with --resume goes on")
-            ignore()
-            raise SystemExit(Preempted.exit_code)
+            self._leave(name)
         if self.asked is None:
             self._note(name)
             _write(f"{name}: a checkpoint follows at the end of this step; a second signal stops at once")
         elif time.monotonic() - self.since > ECHO_S:
             _write(f"{name} after {self.asked}: stopped at once; the last checkpoint is as it was")
             os._exit(Preempted.exit_code)
+
+    def _leave(self, who: str) -> None:
+        _write(f"{who} before this process has finished a step: nothing is lost, the same command with --resume goes on")
+        ignore()
+        raise SystemExit(Preempted.exit_code)
 
     def _note(self, who: str) -> None:
         self.asked, self.since = who, time.monotonic()

@@ -17,6 +17,7 @@ from surefoot.training.arguments import training_arguments
 from surefoot.training.checkpoints import Saver, disk_complaint, read_torch_files_anywhere
 from surefoot.training.guard import Guard
 from surefoot.training.health import Health
+from surefoot.training.heartbeat import Heartbeat
 from surefoot.training.loop import SurefootTrainer
 from surefoot.training.metrics import Ledger, Meter, duration, peak_memory_gib
 from surefoot.training.order import Order
@@ -37,11 +38,18 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any, requ
         Preempted: `request` was made on some rank, and a checkpoint of the last step is there.
     """
     recompute(model, plan.model.recompute_layers)
+    request.leave_if_asked()
     trainer = _trainer(plan, model, tokenizer, data, collator)
-    trainer.request, health = request, trainer.health
+    trainer.request = request
+    with trainer.heartbeat:
+        return _train(plan, trainer, model, data)
+
+
+def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[str, Any]:
     if plan.output.resume_from is not None:
         trainer.restore(Path(plan.output.resume_from))
         read_torch_files_anywhere()
+    health = trainer.parts["health"]
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
     try:
         result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
@@ -49,6 +57,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any, requ
         raise BackendError(_out_of_memory(plan)) from error
     except OSError as error:
         raise _of_the_disk(error, plan.output.folder) from error
+    trainer.heartbeat.beat("end", result.global_step)
     trainer.settle()
     if trainer.stop_reason is not None:
         raise NumericsError(trainer.stop_reason)
@@ -99,12 +108,15 @@ def _trainer(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -
     trainer.add_callback(trainer.ledger)
     trainer.guard = Guard(max_bad_steps=plan.train.max_bad_steps, processes=processes)
     trainer.engine, trainer.loss_spike = plan.machine.engine, plan.train.loss_spike
-    trainer.health = Health(checks_optimizer=plan.machine.engine in ("single", "ddp"))
-    if plan.machine.engine in ("single", "ddp"):
-        trainer.health.remember(model)
-    trainer.add_callback(trainer.health)
-    trainer.saver = Saver(Path(plan.output.folder), plan.train.save_total_limit, plan.machine.rank, processes)
+    health = Health(checks_optimizer=plan.machine.engine in ("single", "ddp"))
+    if health.checks_optimizer:
+        health.remember(model)
+    trainer.add_callback(health)
+    trainer.parts = {"guard": trainer.guard, "meter": meter, "health": health}
+    folder, rank = Path(plan.output.folder), plan.machine.rank
+    trainer.saver = Saver(folder, plan.train.save_total_limit, rank, processes)
     trainer.saver.clean()
+    trainer.heartbeat = Heartbeat(run_folder=folder, rank=rank, processes=processes, timeout_s=plan.train.hang_timeout_s)
     lengths = trainer.train_dataset.lengths if plan.train.group_by_length else None
     trainer.order = Order(len(trainer.train_dataset), plan.train.seed, lengths, plan.train.batch_size)
     return trainer

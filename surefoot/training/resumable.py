@@ -24,7 +24,7 @@ class _EvaluationStopped(Exception):  # noqa: N818
 
 
 class ResumableTrainer(Trainer):  # type: ignore[misc]
-    """Set `ledger`, `saver`, `order`, `request`, `heartbeat`, and `parts` (by name, with state() and restore()) before train().
+    """Set `ledger`, `saver`, `order`, `request`, `heartbeat`, `grace_s`, and `parts` (by name, with state() and restore()) before train().
 
     When a rank is asked to stop, all save at the end of the same step and raise Preempted.
     """
@@ -35,6 +35,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     request: StopRequest
     heartbeat: Heartbeat
     parts: dict[str, Any]
+    grace_s: float
     _stops = False  # agreed by all ranks
     _owes_evaluation = False  # of the step that a checkpoint holds
     _steps_an_epoch = 1
@@ -140,6 +141,16 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             )
         self.saver.save(step, self._write, {"cursor": self._cursor(step)}, self.state.best_model_checkpoint)
         self.ledger.meter.start()
+        if self.is_world_process_zero():
+            self.ledger.say(f"checkpoint-{step} saved in {self.saver.last_s:.1f} s{self._hurry()}")
+
+    def _hurry(self) -> str:
+        if self.saver.last_s <= self.grace_s:
+            return ""
+        return (
+            f", more than --grace_s={self.grace_s:g} leaves between a stop signal and the kill: let the scheduler warn earlier "
+            "(sbatch --signal=B:USR1@SECONDS, terminationGracePeriodSeconds) and say so with --grace_s"
+        )
 
     def _write(self, folder: Path) -> None:
         """This rank's files of a checkpoint: those of transformers, and what it leaves out."""

@@ -58,6 +58,8 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
         raise BackendError(_out_of_memory(plan)) from error
     except OSError as error:
         raise _of_the_disk(error, plan.output.folder) from error
+    except RuntimeError as error:
+        raise _of_the_network(error, trainer.heartbeat) from error
     trainer.heartbeat.beat("end", result.global_step)
     trainer.settle()
     if trainer.stop_reason is not None:
@@ -115,12 +117,22 @@ def _trainer(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -
     trainer.add_callback(health)
     trainer.parts = {"guard": trainer.guard, "meter": meter, "health": health}
     folder, rank = Path(plan.output.folder), plan.machine.rank
-    trainer.saver = Saver(folder, plan.train.save_total_limit, rank, processes)
+    trainer.saver, trainer.grace_s = Saver(folder, plan.train.save_total_limit, rank, processes), plan.train.grace_s
     trainer.saver.clean()
     trainer.heartbeat = Heartbeat(run_folder=folder, rank=rank, processes=processes, timeout_s=plan.train.hang_timeout_s)
     lengths = trainer.train_dataset.lengths if plan.train.group_by_length else None
     trainer.order = Order(len(trainer.train_dataset), plan.train.seed, lengths, plan.train.batch_size)
     return trainer
+
+
+def _of_the_network(error: RuntimeError, heartbeat: Heartbeat) -> Exception:
+    """The error for the user where another process is gone, else the error itself. gloo has no type of its own for that."""
+    if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in str(error):
+        return error
+    place = f"rank {heartbeat.rank} lost another process at step {heartbeat.step} in {heartbeat.phase}"
+    return BackendError(
+        f"{place} ({str(error).splitlines()[0]}). What that one said last is the cause; the same command with --resume goes on"
+    )
 
 
 def _of_the_disk(error: Exception, folder: str) -> Exception:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.torture.blow import PLACES, Blow, name_of, run
-from tests.torture.cells import CELLS, COMMON, Cell
+from tests.torture.cells import BF16_CELLS, CELLS, COMMON, ROWS, Cell
 from tests.torture.compare import differences, reached, resumed_at
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -94,7 +94,7 @@ def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Pat
 
 def draw(rng: random.Random, cell: Cell) -> Blow:
     place = rng.choice(PLACES)
-    turns = {"step": 40 // cell.processes, "evaluation": 8, "prune": 3, "write": 3, "last_save": 6, "sync": 3, "manifest": 6, "rename": 40}[
+    turns = {"step": 30 // cell.processes, "evaluation": 8, "prune": 3, "write": 3, "last_save": 6, "sync": 3, "manifest": 6, "rename": 40}[
         place
     ]
     number = rng.choice((signal.SIGKILL, signal.SIGKILL, *POLITE))
@@ -155,8 +155,8 @@ def main() -> int:
     home.mkdir(parents=True, exist_ok=True)
     from tests.conftest import TRAIN_ROWS
 
-    rows.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:64]) + "\n")
-    rng, cells = random.Random(asked.seed), [cell for cell in CELLS if cell.name in asked.cells]
+    rows.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:ROWS]) + "\n")
+    rng, cells = random.Random(asked.seed), [cell for cell in (*CELLS, *BF16_CELLS) if cell.name in asked.cells]
     began, totals = time.monotonic(), {cell.name: [0, 0, 0] for cell in cells}
     problems: list[str] = []
     while sum(total[0] for total in totals.values()) < asked.kills and time.monotonic() - began < asked.seconds:

@@ -22,11 +22,11 @@ DONE = "done"
 
 
 class Beat(NamedTuple):
-    """Where a rank is: `count` grows with every step or phase it enters, `ticks` as long as its process lives."""
+    """Where a rank is: `moves` grows with every phase it enters, `ticks` as long as its process lives."""
 
     step: int
     phase: str
-    count: int
+    moves: int
     ticks: int
     process: str  # host and pid
 
@@ -68,7 +68,7 @@ class Heartbeat:
     timeout_s: float
     step: int = 0
     phase: str = "start"
-    count: int = 0
+    moves: int = 0
     seen: dict[int, Seen] = field(default_factory=dict)
     _over: threading.Event = field(default_factory=threading.Event)
     _ticks: int = 0
@@ -77,7 +77,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def beat(self, phase: str, step: int) -> None:
-        self.step, self.phase, self.count = step, phase, self.count + 1
+        self.step, self.phase, self.moves = step, phase, self.moves + 1
 
     def __enter__(self) -> None:
         if self.timeout_s > 0:
@@ -113,7 +113,7 @@ class Heartbeat:
         self._ticks += 1
         file = self._file("rank-{}.json")
         partial = file.with_suffix(".part")
-        partial.write_text(json.dumps(Beat(self.step, self.phase, self.count, self._ticks, f"{socket.gethostname()}, pid {os.getpid()}")))
+        partial.write_text(json.dumps(Beat(self.step, self.phase, self.moves, self._ticks, f"{socket.gethostname()}, pid {os.getpid()}")))
         os.replace(partial, file)
 
     def _look(self) -> None:

@@ -33,7 +33,7 @@ def difference(facts: list[dict[str, Any]]) -> str | None:
 
 
 def _facts(plan: Plan, fingerprint: str) -> dict[str, Any]:
-    parts = {"train": plan.train, "adapter": plan.adapter, "data": plan.data, "model": plan.model}
+    parts: dict[str, Any] = {"train": plan.train, "adapter": plan.adapter, "data": plan.data, "model": plan.model}
     settings = {f"{part}.{name}": value for part, values in parts.items() for name, value in dataclasses.asdict(values).items()}
     same = {name: value for name, value in settings.items() if name not in OWN}
     return {"host": plan.machine.hostname, "rows": fingerprint[:12], "python": plan.machine.python, **same, **plan.machine.versions}

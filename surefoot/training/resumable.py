@@ -47,14 +47,14 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def _init_training_state(self, max_steps: int, steps_an_epoch: int, *rest: Any) -> tuple[int, int]:
         self._steps_an_epoch = steps_an_epoch
         where: tuple[int, int] = super()._init_training_state(max_steps, steps_an_epoch, *rest)
-        if self.state.best_global_step:  # the folder may have been moved since
-            self.state.best_model_checkpoint = self._checkpoint_of(self.state.best_global_step)
+        self._find_best()  # the folder may have been moved since
         self._check_cursor()
         return where
 
-    def _checkpoint_of(self, step: int) -> str | None:
-        path = Path(self.args.output_dir) / f"checkpoint-{step}"
-        return str(path) if path.is_dir() else None
+    def _find_best(self) -> None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        is_there = best.is_dir() or self.state.best_global_step == self.state.global_step  # the latter is about to be saved
+        self.state.best_model_checkpoint = str(best) if self.state.best_global_step and is_there else None
 
     def _run_epoch(self, *args: Any, **named: Any) -> None:
         self.order.epoch = named["epoch"]
@@ -69,6 +69,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def _pay_evaluation(self) -> None:
         if self._owes_evaluation:
             self._determine_best_metric(self._evaluate(None, None), None)
+            self._find_best()
             self._owes_evaluation = False
 
     def get_batch_samples(self, *args: Any) -> Any:
@@ -134,11 +135,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.ledger.meter.pause()
         self.heartbeat.beat("checkpoint", self.state.global_step)
         self.store_flos()
-        step, best = self.state.global_step, self.state.best_global_step
-        if best:
-            self.state.best_model_checkpoint = (
-                str(Path(self.args.output_dir) / f"checkpoint-{step}") if best == step else self._checkpoint_of(best)
-            )
+        self._find_best()
+        step = self.state.global_step
         self.saver.save(step, self._write, {"cursor": self._cursor(step)}, self.state.best_model_checkpoint)
         self.ledger.meter.start()
         if self.is_world_process_zero():

@@ -47,14 +47,16 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def _init_training_state(self, max_steps: int, steps_an_epoch: int, *rest: Any) -> tuple[int, int]:
         self._steps_an_epoch = steps_an_epoch
         where: tuple[int, int] = super()._init_training_state(max_steps, steps_an_epoch, *rest)
-        self._find_best()  # the folder may have been moved since
+        self._find_best()
         self._check_cursor()
         return where
 
     def _find_best(self) -> None:
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        is_there = best.is_dir() or self.state.best_global_step == self.state.global_step  # the latter is about to be saved
-        self.state.best_model_checkpoint = str(best) if self.state.best_global_step and is_there else None
+        """In this run's folder, where that step was saved or is about to be; the folder may have been moved since the state was written."""
+        step = self.state.best_global_step
+        best = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if step and (step == self.state.global_step or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
 
     def _run_epoch(self, *args: Any, **named: Any) -> None:
         self.order.epoch = named["epoch"]

@@ -1,7 +1,8 @@
 """python -m tests.torture --kills N --seed S: runs are killed at random places, started again with the same command, and compared.
 
 torch is imported once and every process is forked from there, so that a kill costs seconds. Exits 1 when a run is not bitwise the undisturbed
-one, when a polite signal does not end every rank with 75, or when a run does not come to its end.
+one, when a polite signal does not end every rank with 75, or when a run does not come to its end. CUDA_VISIBLE_DEVICES=0,1 in front runs it
+on GPUs, in deterministic mode.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tests.torture.cells import BF16_CELLS, CELLS, COMMON, ROWS, Cell
 from tests.torture.compare import differences, reached, resumed_at
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ON_GPU = bool(os.environ["CUDA_VISIBLE_DEVICES"])  # set empty by tests/conftest.py where it is not given
 BLOWS_A_RUN = 5
 LIMIT_S = 120
 PRELOADED = (
@@ -78,7 +80,7 @@ def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Pat
         if cell.processes > 1:
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cell.processes), "LOCAL_WORLD_SIZE": str(cell.processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": str(not ON_GPU),
             }  # fmt: skip
         code = run(argv, rank, blow, folder / f"rows-of-rank-{rank}.jsonl")
     except SystemExit as left:
@@ -111,7 +113,7 @@ def torture(cell: Cell, blows: list[Blow], home: Path, rows: Path) -> Tally:
         if (folder / "run").exists():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        flags = {**COMMON, **cell.flags, "data_path": rows, "output_dir": folder / "run"}
+        flags = {**COMMON, **cell.flags, "deterministic": ON_GPU, "data_path": rows, "output_dir": folder / "run"}
         argv = [f"--{name}={value}" for name, value in flags.items()]
         queue = list(struck)
         for _ in range(len(struck) + 1):

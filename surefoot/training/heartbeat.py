@@ -105,9 +105,11 @@ class Heartbeat:
                 if culprit is not None:
                     faulthandler.dump_traceback(stacks, all_threads=True)
                     stacks.flush()
-                    self._over.wait(3 * tick)  # the others' stacks, and their turn to say so
-                    if not self._over.is_set():
-                        self._end(culprit)
+                    is_speaker = self._is_speaker()
+                    if not self._over.wait(3 * tick if is_speaker else 6 * tick):  # for the others' stacks; the others, for the speaker
+                        if is_speaker:
+                            print(f"finetune.py: {self._verdict(culprit)}", file=sys.stderr, flush=True)
+                        os._exit(BackendError.exit_code)
 
     def _write(self) -> None:
         self._ticks += 1
@@ -132,14 +134,13 @@ class Heartbeat:
     def _file(self, name: str) -> Path:
         return self.run_folder / FOLDER / name.format(self.rank)
 
-    def _end(self, culprit: int) -> None:
+    def _is_speaker(self) -> bool:
+        """The first rank that lives."""
         now = time.monotonic()
-        speaker = min(rank for rank, one in self.seen.items() if now - one.ticked_at < self.timeout_s / 2)
-        if self.rank == speaker:
-            print(f"finetune.py: {self._verdict(culprit, now)}", file=sys.stderr, flush=True)
-        os._exit(BackendError.exit_code)
+        return self.rank == min(rank for rank, one in self.seen.items() if now - one.ticked_at < self.timeout_s / 2)
 
-    def _verdict(self, culprit: int, now: float) -> str:
+    def _verdict(self, culprit: int) -> str:
+        now = time.monotonic()
         lines = [f"{self._told(culprit, now)} and holds up the run (--hang_timeout_s={self.timeout_s:g})"]
         lines += [f"  {self._told(rank, now)}" for rank in self.seen if rank != culprit]
         where = self.run_folder / FOLDER

@@ -128,6 +128,30 @@ def test_resume_when_the_newest_checkpoint_is_damaged_then_goes_on_from_the_one_
     assert all(torch.equal(tensor, tensors(trained)[name]) for name, tensor in tensors(tmp_path / "run").items())
 
 
+class Touch:
+    """A pickle that would make a file where it is loaded without weights_only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_resume_when_the_optimizers_file_holds_code_then_is_refused_and_not_run(rows: Path, trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from surefoot import checkpoint
+    from surefoot.errors import BackendError
+
+    evil = shutil.copytree(trained / "checkpoint-3", tmp_path / f"checkpoint-3{checkpoint.PARTIAL}")
+    torch.save({"state": Touch(tmp_path / "made")}, evil / "optimizer.pt")
+    checkpoint.publish(evil, tmp_path / "checkpoint-3", {"cursor": checkpoint.read_manifest(trained / "checkpoint-3")["cursor"]})
+    with pytest.raises(BackendError, match="checkpoint-3: a file holds more than tensors and numbers"):
+        train(data_path=rows, output_dir=tmp_path / "run", resume_from_checkpoint=str(tmp_path / "checkpoint-3"), **quick())
+    assert not (tmp_path / "made").exists()
+
+
 def test_resume_when_the_run_is_finished_then_does_nothing_and_exits_0(finetune: Callable[..., Any], rows: Path, trained: Path) -> None:
     before = (trained / "run.json").read_text()
     done = finetune(*words(quick(data_path=rows, output_dir=trained, resume=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
         raise BackendError(_out_of_memory(plan)) from error
     except OSError as error:
         raise _of_the_disk(error, plan.output.folder) from error
+    except pickle.UnpicklingError as error:
+        what = "holds more than tensors and numbers, which is not loaded"
+        raise BackendError(f"{plan.output.resume_from}: a file {what} ({str(error).splitlines()[0]}). Take another checkpoint") from error
     except RuntimeError as error:
         raise _of_the_network(error, trainer.heartbeat) from error
     trainer.heartbeat.beat("end", result.global_step)

@@ -30,7 +30,7 @@ def test_resume_when_newer_checkpoints_are_damaged_then_says_which_it_passes_ove
 
 def test_resume_when_no_checkpoint_is_whole_then_refuses_to_begin_anew() -> None:
     folder = RunFolder(status="unfinished", skipped=("o/checkpoint-10: optimizer.pt is missing",))
-    with pytest.raises(PlanError, match="no checkpoint in ./output is whole .*optimizer.pt is missing"):
+    with pytest.raises(PlanError, match=r"no checkpoint in \./output is whole .*optimizer\.pt is missing"):
         plan(folder, resume=True)
 
 

@@ -113,6 +113,7 @@ class ProcessPlan:
     seed: int
     deterministic: bool
     gpu: int | None  # this process's; what says just "cuda" means it
+    fsdp_on_cpu: bool  # accelerate would silently run DDP
     sdpa_kernels: tuple[str, ...]  # of cudnn, flash, efficient, math
     environment: dict[str, str]
 
@@ -155,8 +156,8 @@ def _pick(kind: type[T], config: Config, **decided: Any) -> T:
 
 
 def _places_itself(machine: Machine) -> bool:
-    """True where a model is loaded straight onto the GPU; DeepSpeed and FSDP place it themselves."""
-    return bool(machine.gpus) and machine.engine in ("single", "ddp")
+    """True where a model is loaded straight onto the GPU, which holds all of it; ZeRO-3 and FSDP2 cut it first."""
+    return bool(machine.gpus) and not machine.cuts_weights
 
 
 def attention_to_check(config: Config, machine: Machine, inputs: Inputs) -> Shape | None:
@@ -197,7 +198,13 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdic
             cache_dir=machine.cache_dir if config.data_cache else None,
         ),
         train=_pick(TrainPlan, config, **values),
-        process=_pick(ProcessPlan, config, gpu=machine.local_rank if machine.gpus else None, **values),
+        process=_pick(
+            ProcessPlan,
+            config,
+            gpu=machine.local_rank if machine.gpus else None,
+            fsdp_on_cpu=machine.engine == "fsdp" and not machine.gpus,
+            **values,
+        ),
         output=OutputPlan(folder=config.output_dir, clears_earlier_run=config.overwrite, resume_from=values["resume_from"]),
         machine=machine,
         attention=verdicts,

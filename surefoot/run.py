@@ -66,7 +66,7 @@ def carry_out(plan: Plan, *, say: Any) -> None:
     model = adapters.attach(model, plan.adapter, plan.process.seed)
     say(adapters.describe(model))
     if plan.model.fused_adapters:
-        say(fuse(model).line())
+        say(fuse(model, in_pieces=plan.machine.cuts_weights).line())
     collator: Any = packing.collator(data, rows.Collator(pad_token_id=pad.token_id))
     if plan.model.fused_loss:
         head.use_head_loss(model, compiled=plan.model.enable_torch_compile)

@@ -29,9 +29,10 @@ def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         optim=t.optim,
-        bf16=t.precision == "bf16",
-        fp16=t.precision == "fp16",
-        use_cpu=not plan.machine.gpus,
+        bf16=t.precision == "bf16" and not casts_itself(plan),
+        fp16=t.precision == "fp16" and not casts_itself(plan),
+        use_cpu=not plan.machine.gpus and not plan.process.fsdp_on_cpu,
+        dataloader_pin_memory=bool(plan.machine.gpus),
         logging_steps=t.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -50,6 +51,11 @@ def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would silently become nn.DataParallel
     return arguments
+
+
+def casts_itself(plan: Plan) -> bool:
+    """True where autocast is ours: asked for 16 bits, DeepSpeed and FSDP would cast the adapters too."""
+    return plan.machine.engine in ("deepspeed", "fsdp")
 
 
 def _schedule(t: TrainPlan, evaluates: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from surefoot.errors import NumericsError
-from surefoot.training import bad_steps, guard
+from surefoot.training import bad_steps, engines, guard
 from surefoot.training.bad_steps import Culprit, Report
 from surefoot.training.guard import Guard, MicroBatch, Pending, StepNumbers
 from surefoot.training.health import is_decayed
@@ -181,6 +181,15 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
         self.ledger.meter.pause()
         super()._save_checkpoint(model, trial)
         self.ledger.meter.start()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of DeepSpeed's and FSDP's adapters only the trained tensors are gathered; Trainer gathers the frozen weights with them."""
+        if self.engine in ("single", "ddp") or not isinstance(self.model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+            return
+        whole = engines.whole_trainables(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=whole)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

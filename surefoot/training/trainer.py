@@ -11,7 +11,7 @@ import transformers
 
 from surefoot.errors import BackendError, NumericsError
 from surefoot.plan import Plan
-from surefoot.training import leak, saved
+from surefoot.training import engines, leak, saved
 from surefoot.training.arguments import training_arguments
 from surefoot.training.guard import Guard
 from surefoot.training.health import Health
@@ -34,6 +34,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
     trainer = _trainer(plan, model, tokenizer, data, collator)
     health = Health(checks_optimizer=plan.machine.engine in ("single", "ddp"))
     trainer.add_callback(health)
+    engine = engines.prepare(plan, model, trainer.accelerator)
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
     began = time.perf_counter()
     try:
@@ -57,13 +58,13 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         "still_tensors": health.finish(model, result.global_step),
         "health": health.findings,
         "packing": packing,
+        "engine": engine,
         "best_checkpoint": trainer.state.best_model_checkpoint,
     }
     if data.eval is not None and plan.train.eval_strategy != "no":
         summary["eval_loss"] = _final_eval_loss(trainer)
     trainer.save_model(plan.output.folder)
-    if plan.machine.is_main and plan.machine.engine in ("single", "ddp"):
-        summary["saved"] = saved.check(model, Path(plan.output.folder), data.train[0]["input_ids"])
+    summary["saved"] = _check_saved(plan, model, data)
     return summary
 
 
@@ -85,6 +86,17 @@ def _trainer(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -
     trainer.guard = Guard(max_bad_steps=plan.train.max_bad_steps, processes=processes)
     trainer.engine, trainer.loss_spike = plan.machine.engine, plan.train.loss_spike
     return trainer
+
+
+def _check_saved(plan: Plan, model: Any, data: Any) -> dict[str, Any] | None:
+    """Of DeepSpeed and FSDP the adapter's tensors alone: their model cannot take a second adapter, and a whole one may not fit."""
+    folder = Path(plan.output.folder)
+    if plan.machine.engine in ("single", "ddp"):
+        return saved.check(model, folder, data.train[0]["input_ids"]) if plan.machine.is_main else None
+    if plan.adapter.method == "full":
+        return None
+    whole = engines.whole_trainables(model)
+    return {"tensors": saved.check_tensors(model, folder, whole)} if plan.machine.is_main else None
 
 
 def _leak(trainer: SurefootTrainer, model: Any, ids: Any) -> float | None:

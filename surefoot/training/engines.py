@@ -1,0 +1,83 @@
+"""Engines: what DeepSpeed and FSDP2 need so that they are what the profile names, masters stay fp32 and layers compute on whole weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from surefoot.errors import BackendError
+from surefoot.machine import Machine
+from surefoot.plan import Plan
+from surefoot.training.arguments import casts_itself
+from surefoot.training.health import trainable
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LIVE = {"single": ("NO",), "ddp": ("MULTI_GPU", "MULTI_CPU"), "deepspeed": ("DEEPSPEED",), "fsdp": ("FSDP",)}
+
+
+def prepare(plan: Plan, model: Any, accelerator: Any) -> dict[str, Any]:
+    """Makes model and engine ready for each other, before the engine takes the model; returns what really runs, for run.json.
+
+    Raises:
+        BackendError: the engine or the number of processes is not the plan's.
+    """
+    live = _live(plan.machine, accelerator)
+    if casts_itself(plan) and plan.train.precision in DTYPES:
+        model.forward = _under_autocast(model.forward, accelerator.device.type, DTYPES[plan.train.precision])
+    if plan.machine.strategy == "zero3":
+        _gather_by_layer(model, accelerator.state.deepspeed_plugin)
+    return live
+
+
+def _live(machine: Machine, accelerator: Any) -> dict[str, Any]:
+    """accelerate's own word for what it set up: some configurations silently become another one."""
+    kind, processes = accelerator.distributed_type.value, accelerator.num_processes
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    stage = plugin.zero_stage if plugin is not None else None
+    named = LIVE[machine.engine] if machine.world_size > 1 or machine.engine in ("deepspeed", "fsdp") else (*LIVE["single"], *LIVE["ddp"])
+    if kind not in named or processes != machine.world_size or (machine.engine == "deepspeed" and f"zero{stage}" != machine.strategy):
+        raise BackendError(
+            f"{machine.strategy} with {machine.world_size} processes was launched, and accelerate made {kind} with {processes} of it. "
+            "Use a profile of profiles/ unchanged"
+        )
+    return {"strategy": machine.strategy, "distributed_type": kind, "processes": processes, "zero_stage": stage}
+
+
+def _under_autocast(forward: Callable[..., Any], device: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """DeepSpeed switches autocast off around the model it was given, so it is switched on inside."""
+
+    def cast(*args: Any, **named: Any) -> Any:
+        with torch.autocast(device, dtype):
+            return forward(*args, **named)
+
+    return cast
+
+
+def _gather_by_layer(model: Any, plugin: Any) -> None:
+    """Lets ZeRO-3 gather a decoder layer as one: DoRA and the fused layers read weights that no module's own forward would gather."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = getattr(base.get_decoder(), "layers", None)
+    if layers is None:
+        raise BackendError(f"{type(base).__name__} has no `layers`, which ZeRO-3 would gather one by one. Use profiles/ds_zero2.yaml")
+    set_z3_leaf_modules(model, [type(layers[0])])
+    plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every tensor in pieces, small ones too
+
+
+def whole_trainables(model: Any) -> dict[str, torch.Tensor]:
+    """The trainable tensors by name, whole and on the host, also where they are kept in pieces. Every rank must call it."""
+    return {name: _whole(parameter) for name, parameter in trainable(model)}
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().cpu().clone()  # type: ignore[no-any-return]
+    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.detach().cpu().clone()  # type: ignore[no-any-return]

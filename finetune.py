@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from surefoot import cli
+from surefoot import cli, last_words
 from surefoot.config import FLAGS, Config
 from surefoot.errors import SurefootError
 from surefoot.run import run
@@ -33,8 +33,7 @@ def main() -> int:
 
         fire.Fire(lambda **flags: train(**flags), command=cli.tidy(argv), serialize=lambda _: None)
     except SurefootError as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
-        return error.exit_code
+        return last_words.say(error)
     return 0
 
 

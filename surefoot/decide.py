@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from surefoot.rules import attention, fast, memory, model, packing, process, training
+from surefoot.rules import attention, fast, launch, memory, model, packing, process, supported, training
 from surefoot.rules.desk import Choice, Desk
 
 if TYPE_CHECKING:
@@ -17,7 +17,11 @@ NOT_SETTINGS = ("config", "dry_run", "plan_json", "resume", "overwrite", "strict
 def decisions(desk: Desk) -> dict[str, Choice]:
     """Every decided value by name."""
     decided = {choice.name: choice for choice in _decide(desk)}
-    recomputed = memory.recompute(desk, {name: choice.value for name, choice in decided.items()})
+    values = {name: choice.value for name, choice in decided.items()}
+    launch.profile_and_flags(desk, values["gradient_accumulation_steps"], values["precision"])
+    launch.host_memory(desk, values["frozen_dtype"], values["quantization"])
+    supported.check(desk, values)
+    recomputed = memory.recompute(desk, values)
     return decided | {choice.name: choice for choice in recomputed}
 
 
@@ -46,7 +50,7 @@ def _decide(desk: Desk) -> Iterator[Choice]:
     yield process.resume_from(desk)
     yield process.environment(desk)
     training.steps(desk)
-    process.processes(desk)
+    launch.processes(desk)
     process.floors(desk)
 
 

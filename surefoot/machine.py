@@ -31,7 +31,8 @@ class Machine:
     """What this process can see. `engine` is single, ddp, deepspeed or fsdp, as the launcher's environment names it.
 
     local_world_size counts the processes of this host; is_launched: a launcher started this process as one of a group, if of one;
-    the launcher_* and offloads are what its profile says, None where it leaves them to the flags; command: how the program was started.
+    has_profile: or accelerate started it alone; the launcher_* and offloads are what its profile says, None where it leaves them to the
+    flags; command: how the program was started.
     """
 
     hostname: str
@@ -47,13 +48,13 @@ class Machine:
     local_rank: int = 0
     local_world_size: int = 1
     is_launched: bool = False
+    has_profile: bool = False
     engine: str = "single"
     zero_stage: int | None = None
     fsdp_version: int = 2
     launcher_precision: str = "no"
     launcher_accumulation: int | None = None
     launcher_clipping: float | None = None
-    launcher_state_dict: str = "FULL_STATE_DICT"
     offloads: bool = False
     command: tuple[str, ...] = ()
     cache_dir: str = ""
@@ -102,6 +103,7 @@ def probe() -> Machine:
         local_rank=int(env.get("LOCAL_RANK", "0")),
         local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))),
         is_launched="LOCAL_RANK" in env,
+        has_profile="LOCAL_RANK" in env or "ACCELERATE_USE_CPU" in env,
         engine=_engine(),
         **_profile(),
         command=tuple(sys.argv) if Path(sys.argv[0]).name == "finetune.py" else (),
@@ -154,7 +156,6 @@ def _profile() -> dict[str, Any]:
         "launcher_precision": precision if precision != "no" else env.get("ACCELERATE_MIXED_PRECISION", "no"),
         "launcher_accumulation": _number(str(file.get("gradient_accumulation_steps", env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")))),
         "launcher_clipping": _decimal(str(file.get("gradient_clipping", env.get("ACCELERATE_GRADIENT_CLIPPING")))),
-        "launcher_state_dict": env.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"),
         "offloads": any(device != "none" for device in offload) or env.get("FSDP_OFFLOAD_PARAMS") == "true",
     }
 

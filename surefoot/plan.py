@@ -12,7 +12,7 @@ from surefoot.errors import BackendError, PlanError, joined
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
 from surefoot.memory import Estimate
-from surefoot.rules import attention
+from surefoot.rules import attention, launch
 from surefoot.rules.desk import Choice, Desk
 from surefoot.verdicts import Shape, Verdicts
 
@@ -162,7 +162,9 @@ def _places_itself(machine: Machine) -> bool:
 
 def attention_to_check(config: Config, machine: Machine, inputs: Inputs) -> Shape | None:
     """What the attention canary must try before make_plan(); None where nothing but eager attention, or no GPU, is in question."""
-    return attention.to_check(Desk(config=config, machine=machine, inputs=inputs, problems=[], notes=[]))
+    desk = Desk(config=config, machine=machine, inputs=inputs, problems=[], notes=[])
+    launch.processes(desk)
+    return None if desk.problems else attention.to_check(desk)  # a process without a GPU has none to try them on
 
 
 def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdicts | None = None) -> Plan:

@@ -65,6 +65,8 @@ def _gather_by_layer(model: Any, plugin: Any) -> None:
     if layers is None:
         raise BackendError(f"{type(base).__name__} has no `layers`, which ZeRO-3 would gather one by one. Use profiles/ds_zero2.yaml")
     set_z3_leaf_modules(model, [type(layers[0])])
+    # a leaf whose input needs no gradient has its own reduced before they are made
+    base.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_() if torch.is_grad_enabled() else out)
     plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every tensor in pieces, small ones too
 
 

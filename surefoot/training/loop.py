@@ -65,6 +65,7 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
         the weights are still those that met the bad step.
         """
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: each rank has its share of the sum
         measured = self.guard.measure(norm, self._tokens)
         step, window, self.guard.window = self.state.global_step + 1, self.guard.window, []
         fused = self._fused_optimizer()

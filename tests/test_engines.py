@@ -96,18 +96,38 @@ def check(folder: Path, cell: Cell, other: Path) -> None:
         assert float((tensor - theirs[name]).abs().max()) <= ADAPTER_BAND * float(theirs[name].abs().max()), name
 
 
-def run_two(cell: Cell, rows: Path, folder: Path, alone: Callable[[Cell], Path], **changes: object) -> None:
-    done = launch(NAMES.get(cell.engine, cell.engine), {**flags_of(cell), "data_path": rows, "output_dir": folder, **changes})
+def run_two(profile: str, cell: Cell, rows: Path, folder: Path, alone: Callable[[Cell], Path], processes: int | None = 2) -> None:
+    """One launch of a profile for a cell, checked against one process."""
+    done = launch(profile, words({**flags_of(cell), "data_path": rows, "output_dir": folder}), processes=processes)
     assert done.returncode == 0, why(done)
     check(folder, cell, alone(cell))
+
+
+@pytest.fixture(scope="session")
+def of_two(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell], Path]:
+    """The run of two processes of a cell: one launch makes those of all cells of its engine."""
+    home = tmp_path_factory.mktemp("two")
+    launched: dict[str, str] = {}
+
+    def run(cell: Cell) -> Path:
+        if cell.engine not in launched:
+            cells = [one for one in support.cells_of(TWO) if one.engine == cell.engine]
+            todo = [{**flags_of(one), "data_path": str(rows), "output_dir": str(home / str(one))} for one in cells]
+            (home / f"{cell.engine}.json").write_text(json.dumps(todo, default=str))
+            done = launch(NAMES.get(cell.engine, cell.engine), [str(home / f"{cell.engine}.json")], script="tests/engine_cells.py")
+            launched[cell.engine] = why(done)
+        assert (home / str(cell) / "adapter_model.safetensors").exists() or cell.method == "full", launched[cell.engine]
+        return home / str(cell)
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", support.cells_of(TWO), ids=str)
 def test_cell_when_two_processes_run_it_then_losses_and_adapter_are_those_of_one(
-    cell: Cell, rows: Path, tmp_path: Path, alone: Callable[[Cell], Path]
+    cell: Cell, of_two: Callable[[Cell], Path], alone: Callable[[Cell], Path]
 ) -> None:
-    run_two(cell, rows, tmp_path / "run", alone)
+    check(of_two(cell), cell, alone(cell))
 
 
 @pytest.mark.slow
@@ -118,14 +138,15 @@ def test_cell_when_one_process_runs_it_then_learns(cell: Cell, alone: Callable[[
 
 
 def test_fsdp2_when_two_processes_train_dora_then_is_as_one(rows: Path, tmp_path: Path, alone: Callable[[Cell], Path]) -> None:
-    run_two(Cell("dora", "none", "fsdp2", False, False), rows, tmp_path / "run", alone)
+    cell = Cell("dora", "none", "fsdp2", False, False)
+    run_two("fsdp2", cell, rows, tmp_path / "run", alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", ["single", "cpu"])
 def test_profile_when_it_is_of_one_process_then_runs_one(profile: str, rows: Path, tmp_path: Path, alone: Callable[[Cell], Path]) -> None:
     cell = Cell("dora", "none", "single", False, False)
-    done = launch(profile, {**flags_of(cell), "data_path": rows, "output_dir": tmp_path / "run"}, processes=None)
+    done = launch(profile, words({**flags_of(cell), "data_path": rows, "output_dir": tmp_path / "run"}), processes=None)
     assert done.returncode == 0, why(done)
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["summary"]["engine"] == {"strategy": "single", "distributed_type": "NO", "processes": 1, "zero_stage": None}
@@ -138,18 +159,14 @@ def test_cpu_2proc_when_launched_without_a_number_then_runs_two(
     method: str, rows: Path, tmp_path: Path, alone: Callable[[Cell], Path]
 ) -> None:
     cell = Cell(method, "none", "ddp", False, False)
-    done = launch("cpu_2proc", {**flags_of(cell), "data_path": rows, "output_dir": tmp_path / "run"}, processes=None)
-    assert done.returncode == 0, why(done)
-    check(tmp_path / "run", cell, alone(cell))
+    run_two("cpu_2proc", cell, rows, tmp_path / "run", alone, processes=None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_zero3_when_offloaded_then_is_as_one(method: str, rows: Path, tmp_path: Path, alone: Callable[[Cell], Path]) -> None:
     cell = Cell(method, "none", "zero3", False, False)
-    done = launch("ds_zero3_offload", {**flags_of(cell), "data_path": rows, "output_dir": tmp_path / "run"})
-    assert done.returncode == 0, why(done)
-    check(tmp_path / "run", cell, alone(cell))
+    run_two("ds_zero3_offload", cell, rows, tmp_path / "run", alone)
 
 
 @pytest.mark.slow
@@ -160,7 +177,7 @@ def test_masters_when_an_engine_trains_in_bf16_then_are_fp32_in_forward_gradient
     """Also: what ZeRO-3 and FSDP2 keep between the steps is a part, a layer has it whole, and norms are made once a step."""
     flags = {**flags_of(Cell("dora", "none", engine, False, False)), "bf16": True, "use_gradient_checkpointing": True}
     flags |= {"data_path": rows, "output_dir": tmp_path / "run", "val_set_size": 0, "max_steps": 3, "warmup_steps": 0}
-    done = launch(NAMES.get(engine, engine), flags, script="tests/engine_probe.py", env={"PROBE": str(tmp_path / "probe")})
+    done = launch(NAMES.get(engine, engine), words(flags), script="tests/engine_probe.py", env={"PROBE": str(tmp_path / "probe")})
     assert done.returncode == 0, why(done)
     probes = [json.loads((tmp_path / f"probe.{rank}").read_text()) for rank in range(2)]
     for probe in probes:

@@ -23,6 +23,8 @@ LEVELS = {
         "surefoot.decoder",
         "surefoot.activations",
         "surefoot.memory",
+        "surefoot.support",
+        "surefoot.last_words",
     ],
     2: ["surefoot.decide", "surefoot.plan", "surefoot.plan_text"],
     3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.evaluate", "surefoot.weights"],

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from surefoot.errors import BackendError
 from surefoot.machine import Machine
@@ -65,9 +68,14 @@ def _gather_by_layer(model: Any, plugin: Any) -> None:
     if layers is None:
         raise BackendError(f"{type(base).__name__} has no `layers`, which ZeRO-3 would gather one by one. Use profiles/ds_zero2.yaml")
     set_z3_leaf_modules(model, [type(layers[0])])
-    # a leaf whose input needs no gradient has its own reduced before they are made
-    base.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_() if torch.is_grad_enabled() else out)
+    layers[0].register_forward_pre_hook(_make_input_need_gradient)
     plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every tensor in pieces, small ones too
+
+
+def _make_input_need_gradient(_layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    """ZeRO-3 would reduce the gradients of a layer whose input needs none before they are made."""
+    if torch.is_grad_enabled() and not inputs[0].requires_grad:
+        inputs[0].requires_grad_()
 
 
 def whole_trainables(model: Any) -> dict[str, torch.Tensor]:
@@ -81,5 +89,28 @@ def _whole(parameter: Any) -> torch.Tensor:
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().cpu().clone()  # type: ignore[no-any-return]
-    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole.detach().cpu().clone()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def put_trainables(model: PeftModel, folder: Path) -> None:
+    """Sets an adapter's tensors from its files, each process its pieces. Every rank must call it and read the same files."""
+    found = load_file(folder / "adapter_model.safetensors")
+    parameters = list(trainable(model))
+    tags = {name: torch.tensor(place) for place, (name, _) in enumerate(parameters)}
+    keys = get_peft_model_state_dict(model, state_dict=tags, save_embedding_layers=False)  # the files' names for them
+    for key, place in keys.items():
+        _put(parameters[int(place)][1], found[key])
+
+
+def _put(parameter: Any, value: torch.Tensor) -> None:
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+    elif isinstance(parameter, DTensor):
+        parameter.copy_(distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None))
+    else:
+        parameter.copy_(value)

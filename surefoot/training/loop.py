@@ -183,6 +183,13 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         self.ledger.meter.start()
 
+    def _load_best_model(self) -> None:
+        """Of DeepSpeed's and FSDP's adapters from the checkpoint's adapter: their own loaders want frozen and quantized weights too."""
+        if self.engine in ("single", "ddp") or not isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        else:
+            engines.put_trainables(self.model, Path(self.state.best_model_checkpoint))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Of DeepSpeed's and FSDP's adapters only the trained tensors are gathered; Trainer gathers the frozen weights with them."""
         if self.engine in ("single", "ddp") or not isinstance(self.model, PeftModel):

@@ -69,7 +69,11 @@ def _gather_by_layer(model: Any, plugin: Any) -> None:
         raise BackendError(f"{type(base).__name__} has no `layers`, which ZeRO-3 would gather one by one. Use profiles/ds_zero2.yaml")
     set_z3_leaf_modules(model, [type(layers[0])])
     layers[0].register_forward_pre_hook(_make_input_need_gradient)
-    plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every tensor in pieces, small ones too
+    size = sum(parameter.numel() for parameter in layers[0].parameters())
+    zero = plugin.deepspeed_config["zero_optimization"]
+    zero["stage3_param_persistence_threshold"] = 0  # every tensor in pieces, small ones too
+    zero.setdefault("stage3_prefetch_bucket_size", size)  # the next layer while one computes
+    zero.setdefault("stage3_max_live_parameters", max(10**9, 3 * size))
 
 
 def _make_input_need_gradient(_layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -38,6 +38,24 @@ def test_error_when_two_processes_meet_it_then_one_says_it_and_both_exit_alike(r
     assert not (tmp_path / "run").exists()
 
 
+def test_error_when_processes_read_other_rows_then_both_end_and_one_says_so(rows: Path, tmp_path: Path) -> None:
+    """torchrun gives each process its own rows here, as machines with their own copies of a file may."""
+    (tmp_path / "other.jsonl").write_text("\n".join(rows.read_text().splitlines()[::-1]) + "\n")
+    script = tmp_path / "finetune_apart.py"
+    script.write_text(
+        "import os, sys\nimport finetune\n"
+        f"sys.argv.append('--data_path=' + [{str(rows)!r}, {str(tmp_path / 'other.jsonl')!r}][int(os.environ['RANK'])])\n"
+        "sys.exit(finetune.main())\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script]
+    flags = words(quick(output_dir=tmp_path / "run"))
+    done = subprocess.run(
+        [*map(str, launch), *flags], capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.stderr.count("do not train the same: rows (fingerprint)") == 1
+    assert re.findall(r"exitcode +: (-?\d+)", done.stderr) == ["5", "5"]
+
+
 def test_error_when_the_port_is_taken_then_names_it_and_the_way_out(finetune: Callable[..., Any], rows: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

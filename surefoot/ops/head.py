@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,24 +36,11 @@ def use_head_loss(model: Any, *, compiled: bool) -> None:
         given = {name: value for name, value in named.items() if value is not None}
         hidden = decoder(input_ids=input_ids, **given).last_hidden_state
         scale = None if num_items_in_batch is None else 1.0 / num_items_in_batch
-        with _whole_weight(head, hidden) as weight:
-            return CausalLMOutput(loss=head_loss(hidden, weight, labels, positions, scale, step))
+        if isinstance(head, FSDPModule):
+            head(hidden.detach()[:, :1])  # its hooks gather the weight, which stays whole until the backward pass; ZeRO-3 gathers on access
+        return CausalLMOutput(loss=head_loss(hidden, head.weight, labels, positions, scale, step))
 
     causal.forward = forward
-
-
-@contextmanager
-def _whole_weight(head: Any, hidden: Tensor) -> Iterator[Tensor]:
-    """The head's weight, gathered where an engine keeps it in pieces."""
-    if hasattr(head.weight, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([head.weight]):
-            yield head.weight
-        return
-    if isinstance(head, FSDPModule):
-        head(hidden.detach()[:, :1])  # its hooks gather the weight, which then stays whole until the backward pass is over
-    yield head.weight
 
 
 class WithPositions:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -47,6 +48,27 @@ def _live(machine: Machine, accelerator: Any) -> dict[str, Any]:
             "Use a profile of profiles/ unchanged"
         )
     return {"strategy": machine.strategy, "distributed_type": kind, "processes": processes, "zero_stage": stage}
+
+
+def check_ranks(machine: Machine, fingerprint: str, parameters: int) -> None:
+    """All processes must train the same thing: the same rows in the same order, under the same versions, as many parameters.
+
+    Raises:
+        BackendError: what differs, and between whom; on every process.
+    """
+    if machine.world_size == 1:
+        return
+    facts = {"rows (fingerprint)": fingerprint[:12], "trainable parameters": str(parameters), "Python": machine.python} | machine.versions
+    everyone = gather_object([(machine.hostname, facts)])
+    for rank, (host, theirs) in enumerate(everyone):
+        first_host, first = everyone[0]
+        differing = [name for name in first | theirs if first.get(name) != theirs.get(name)]
+        if differing:
+            told = "; ".join(f"{name} {first.get(name, 'none')} and {theirs.get(name, 'none')}" for name in differing)
+            raise BackendError(
+                f"process 0 ({first_host}) and process {rank} ({host}) do not train the same: {told}. "
+                "Give all machines the same files, flags and packages (scripts/dev.lock)"
+            )
 
 
 def _under_autocast(forward: Callable[..., Any], device: str, dtype: torch.dtype) -> Callable[..., Any]:

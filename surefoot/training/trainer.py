@@ -14,7 +14,7 @@ from surefoot.plan import Plan
 from surefoot.training import engines, leak, saved
 from surefoot.training.arguments import training_arguments
 from surefoot.training.guard import Guard
-from surefoot.training.health import Health
+from surefoot.training.health import Health, trainable
 from surefoot.training.loop import SurefootTrainer
 from surefoot.training.metrics import Ledger, Meter, duration, peak_memory_gib
 from surefoot.training.recompute import recompute
@@ -35,6 +35,8 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
     health = Health(checks_optimizer=plan.machine.engine in ("single", "ddp"))
     trainer.add_callback(health)
     engine = engines.prepare(plan, model, trainer.accelerator)
+    trained = sum(parameter.numel() for _, parameter in trainable(model))  # now: an engine leaves each process its piece
+    engines.check_ranks(plan.machine, data.report.fingerprint, trained)
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
     began = time.perf_counter()
     try:
@@ -52,7 +54,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         "seconds": round(time.perf_counter() - began, 3),
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "memory": _memory(plan, meter),
-        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "trainable_parameters": trained,
         "bad_steps": guard.bad_steps,
         "loss_spikes": guard.spikes,
         "still_tensors": health.finish(model, result.global_step),

@@ -20,7 +20,12 @@ from tests.conftest import ROOT
 from tests.runs import logs, quick, tensors, words
 
 NAMES = {"zero2": "ds_zero2", "zero3": "ds_zero3"}  # profiles that are not called as their engine
-LIVE = {"ddp": ("MULTI_CPU", None), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3), "fsdp2": ("FSDP", None)}
+LIVE = {
+    "ddp": ("MULTI_GPU" if torch.cuda.is_available() else "MULTI_CPU", None),
+    "zero2": ("DEEPSPEED", 2),
+    "zero3": ("DEEPSPEED", 3),
+    "fsdp2": ("FSDP", None),
+}
 LOSS_BAND = 2e-4  # of losses near 4, over six steps
 ADAPTER_BAND = 2e-3  # of a tensor's largest element: Adam's first steps have the size of the rate, however small a gradient is
 TWO = "tests/test_engines.py::test_cell_when_two_processes_run_it_then_losses_and_adapter_are_those_of_one"

@@ -19,7 +19,7 @@ def decisions(desk: Desk) -> dict[str, Choice]:
     decided = {choice.name: choice for choice in _decide(desk)}
     values = {name: choice.value for name, choice in decided.items()}
     launch.profile_and_flags(desk, values["gradient_accumulation_steps"], values["precision"])
-    launch.host_memory(desk, values["frozen_dtype"], values["quantization"])
+    launch.host_memory(desk, values["frozen_dtype"], values["quantization"], values["loads_on_gpu"])
     supported.check(desk, values)
     recomputed = memory.recompute(desk, values)
     return decided | {choice.name: choice for choice in recomputed}
@@ -40,7 +40,9 @@ def _decide(desk: Desk) -> Iterator[Choice]:
     yield from attention.kernels(desk, implementation.value)
     yield attention.compiling(desk)
     yield from fast.fused(desk)
-    yield fast.frozen_dtype(desk, quantization.value, precision.value)
+    frozen_dtype = fast.frozen_dtype(desk, quantization.value, precision.value)
+    yield frozen_dtype
+    yield launch.loading(desk, frozen_dtype.value, quantization.value)
     yield from packing.packing(desk, implementation.value)
     yield from training.batch(desk)
     yield training.warmup(desk)

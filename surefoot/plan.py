@@ -155,11 +155,6 @@ def _pick(kind: type[T], config: Config, **decided: Any) -> T:
     return kind(**{**same, **{name: value for name, value in decided.items() if name in names}})
 
 
-def _places_itself(machine: Machine) -> bool:
-    """True where a model is loaded straight onto the GPU, which holds all of it; ZeRO-3 and FSDP2 cut it first."""
-    return bool(machine.gpus) and not machine.cuts_weights
-
-
 def attention_to_check(config: Config, machine: Machine, inputs: Inputs) -> Shape | None:
     """What the attention canary must try before make_plan(); None where nothing but eager attention, or no GPU, is in question."""
     desk = Desk(config=config, machine=machine, inputs=inputs, problems=[], notes=[])
@@ -191,7 +186,7 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdic
     values = {name: choice.value for name, choice in decided.items()}
     plan = Plan(
         backend=values["backend"],
-        model=_pick(ModelPlan, config, path=inputs.model_path, loads_on_gpu=_places_itself(machine), **values),
+        model=_pick(ModelPlan, config, path=inputs.model_path, **values),
         adapter=_pick(AdapterPlan, config, **values),
         data=_pick(
             DataPlan,

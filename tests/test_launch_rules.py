@@ -116,3 +116,11 @@ def test_profile_when_read_then_names_no_machine_and_leaves_the_flags_their_say(
     assert not {"main_process_ip", "main_process_port", "deepspeed_hostfile", "downcast_bf16"} & said.keys()
     assert said.get("deepspeed_config", {}).get("gradient_accumulation_steps", "auto") == "auto"
     assert path.stem in {*PROFILES.values(), "ds_zero3_offload", "cpu", "cpu_2proc"}
+
+
+def test_weights_when_an_engine_cuts_them_then_are_read_onto_the_gpu_only_if_they_fit() -> None:
+    small = {**LLAMA_70B, "num_hidden_layers": 8, "torch_dtype": "bfloat16"}
+    zero3, fsdp2 = group(2, 2, engine="deepspeed", zero_stage=3, memory_gib=999.0), group(2, 2, engine="fsdp", memory_gib=999.0)
+    assert [plan(on, small).model.loads_on_gpu for on in (zero3, fsdp2, group(2, 2))] == [True, True, True]
+    big = {**LLAMA_70B, "torch_dtype": "bfloat16"}
+    assert [plan(on, big).model.loads_on_gpu for on in (zero3, fsdp2, group(0, 2))] == [False, False, False]

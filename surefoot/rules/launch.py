@@ -7,10 +7,11 @@ import shlex
 from surefoot.decoder import decoder_of
 from surefoot.machine import Machine
 from surefoot.memory import GIB, WEIGHT_BYTES
-from surefoot.rules.desk import Desk
+from surefoot.rules.desk import Choice, Desk
 from surefoot.support import ENGINES
 
 PROFILES = {"single": "single", "ddp": "ddp", "zero2": "ds_zero2", "zero3": "ds_zero3", "fsdp2": "fsdp2"}
+WHOLE_SHARE = 0.5  # of a GPU's memory: the most that weights may fill before an engine cuts them
 
 
 def command(machine: Machine, profile: str, processes: int) -> str:
@@ -75,19 +76,41 @@ def profile_and_flags(desk: Desk, accumulation: int, precision: str) -> None:
         )
 
 
-def host_memory(desk: Desk, frozen_dtype: str, quantization: str) -> None:
-    """ZeRO-3 and FSDP2 cut a model that each process has read whole into host memory; offloading keeps one more there."""
-    m, decoder = desk.machine, decoder_of(desk.inputs.model_config)
-    if not m.cuts_weights or decoder is None:
+def loading(desk: Desk, frozen_dtype: str, quantization: str) -> Choice:
+    """Where a process reads the weights: onto its GPU if they fit there whole, else into host memory, where an engine cuts them."""
+    m, whole = desk.machine, _weights_gib(desk, frozen_dtype, quantization)
+    name = "loads_on_gpu"
+    if m.gpu is None:
+        return Choice(name, False, "auto", "no GPU")
+    if not m.cuts_weights:
+        return Choice(name, True, "auto", "the GPU holds the whole model")
+    if whole is not None and whole <= WHOLE_SHARE * m.gpu.memory_gib:
+        return Choice(
+            name, True, "auto", f"{whole:,.1f} GiB of weights, at most {WHOLE_SHARE:.0%} of the GPU; {m.strategy} cuts them there"
+        )
+    return Choice(name, False, "auto", f"{m.strategy} cuts them in host memory")
+
+
+def host_memory(desk: Desk, frozen_dtype: str, quantization: str, loads_on_gpu: bool) -> None:
+    """A model that is cut in host memory is there once for each process; offloading keeps one more."""
+    m, whole = desk.machine, _weights_gib(desk, frozen_dtype, quantization)
+    if not m.cuts_weights or whole is None:
         return
-    linears = decoder.layers * sum(one.weights for one in decoder.linears)
-    embeddings = decoder.vocabulary * decoder.hidden * (1 if decoder.is_tied else 2)
-    stored = frozen_dtype if quantization == "none" else quantization
-    whole = (linears * WEIGHT_BYTES[stored] + embeddings * WEIGHT_BYTES[frozen_dtype]) / GIB
-    needed = whole * (m.local_world_size + m.offloads)
+    needed = whole * ((0 if loads_on_gpu else m.local_world_size) + m.offloads)
     if needed > m.memory_gib:
         kept = ", and one is kept there" if m.offloads else ""
         desk.problems.append(
             f"{needed:,.0f} GiB of host memory are needed, {m.memory_gib:,.0f} are there: each of {m.local_world_size} processes reads "
-            f"{whole:,.1f} GiB of weights{kept}. Use fewer processes a machine, or profiles/ds_zero2.yaml, which reads them onto the GPU"
+            f"{whole:,.1f} GiB of weights{kept}. Use fewer processes a machine, --load_4bit=True, or profiles/ds_zero2.yaml on larger GPUs"
         )
+
+
+def _weights_gib(desk: Desk, frozen_dtype: str, quantization: str) -> float | None:
+    """Of the whole base model; None where its sizes are not known."""
+    decoder = decoder_of(desk.inputs.model_config)
+    if decoder is None:
+        return None
+    linears = decoder.layers * sum(one.weights for one in decoder.linears)
+    embeddings = decoder.vocabulary * decoder.hidden * (1 if decoder.is_tied else 2)
+    stored = frozen_dtype if quantization == "none" else quantization
+    return (linears * WEIGHT_BYTES[stored] + embeddings * WEIGHT_BYTES[frozen_dtype]) / GIB

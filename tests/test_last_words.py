@@ -38,6 +38,7 @@ def test_error_when_two_processes_meet_it_then_one_says_it_and_both_exit_alike(r
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_error_when_processes_read_other_rows_then_both_end_and_one_says_so(rows: Path, tmp_path: Path) -> None:
     """torchrun gives each process its own rows here, as machines with their own copies of a file may."""
     (tmp_path / "other.jsonl").write_text("\n".join(rows.read_text().splitlines()[::-1]) + "\n")

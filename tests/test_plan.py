@@ -76,7 +76,6 @@ def test_precision_when_chosen_then_fits_the_hardware(
         ({"load_4bit": True, "load_8bit": True}, machine(), "exclude each other"),
         ({"load_4bit": True, "adapter_name": "full"}, machine(), "quantized weights cannot be trained"),
         ({"load_8bit": True, "adapter_name": "dora"}, machine(), "fails on a CPU"),
-        ({"load_4bit": True, "adapter_name": "dora"}, machine(engine="deepspeed", zero_stage=3, gpus=(H200,)), "fails under ZeRO-3"),
         ({"load_4bit": True}, machine(versions={}), "pip install 'surefoot[bnb]'"),
         ({"load_4bit": True, "init_lora_weights": "pissa"}, machine(), "needs the unquantized weights"),
         ({"init_lora_weights": "eva"}, machine(), "init_lora_weights=eva"),

@@ -42,26 +42,13 @@ def flags_of(cell: Cell) -> dict[str, Any]:
 
 
 def launch(
-    profile: str, flags: dict[str, Any], *, processes: int | None = 2, script: str = "finetune.py", env: dict[str, str] | None = None
+    profile: str, given: list[str], *, processes: int | None = 2, script: str = "finetune.py", env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """accelerate launch with a profile, as a user types it."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        ROOT / f"profiles/{profile}.yaml",
-        "--main_process_port",
-        0,
-    ]
+    command = ["-m", "accelerate.commands.launch", "--config_file", ROOT / f"profiles/{profile}.yaml", "--main_process_port", 0]
     command += [] if processes is None else ["--num_processes", processes]
-    return subprocess.run(
-        [*map(str, command), str(ROOT / script), *words(flags)],
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    line = [sys.executable, *map(str, command), str(ROOT / script), *given]
+    return subprocess.run(line, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=570)
 
 
 def why(done: subprocess.CompletedProcess[str]) -> str:

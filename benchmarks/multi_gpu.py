@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def bench(
-    out: str, *, processes: int = 2, engines: Any = tuple(PROFILES), layers: Any = tuple(LAYERS), stages: Any = (3, 2), rounds: int = 1,
+    out: str, *, processes: int = 2, engines: Any = tuple(PROFILES), layers: Any = tuple(LAYERS), stages: Any = 3, rounds: int = 1,
     steps: int = 16, warmup: int = 6, tiny: bool = False, work: str = "/tmp/surefoot-speed", time_limit_s: float = 1e9,
     run_limit_s: float = 400, flags: str = "",
 ) -> None:  # fmt: skip

@@ -49,7 +49,7 @@ def _arguments(plan: Plan, evaluates: bool) -> TrainingArguments:
         max_grad_norm=t.max_grad_norm,
         optim=t.optim,
         bf16=t.precision == "bf16" and not casts_itself(plan),
-        fp16=t.precision == "fp16" and not casts_itself(plan),
+        fp16=t.precision == "fp16",
         use_cpu=not plan.machine.gpus and not plan.process.fsdp_on_cpu,
         dataloader_pin_memory=bool(plan.machine.gpus),
         logging_steps=t.logging_steps,

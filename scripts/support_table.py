@@ -17,8 +17,8 @@ HEAD = """\
 # What is supported
 
 Written by `python scripts/support_table.py` from `surefoot/support.py`, from which the plan refuses too; do not edit. A number is the test
-that runs the cell, a letter the reason why it is refused; a dot was never run: the plan says so and goes on. All tests ran on CPUs with
-{versions}; engines with two processes (gloo).
+that ran the cell, a letter the reason why it is refused; a dot was never run: the plan says so and goes on. scripts/dev.lock has
+{versions}.
 """
 
 
@@ -39,7 +39,8 @@ def document() -> str:
                     marks = [_mark(support.Cell(method, quantization, engine, compiles, packs)) for method in support.METHODS]
                     lines.append(f"| {' | '.join((quantization, 'yes' if compiles else 'no', 'yes' if packs else 'no', *marks))} |")
         lines.append("")
-    lines += ["## Tests", "", *(f"{number}. `{test.name}`" for number, test in enumerate(support.TESTS, 1)), "", "## Refused", ""]
+    tests = (f"{number}. `{test.name}` ({test.ran or 'not run yet'})" for number, test in enumerate(support.TESTS, 1))
+    lines += ["## Tests", "", *tests, "", "## Refused", ""]
     lines += [f"- **{_letter(one)}**{_where(one)}: {one.reason}. {one.way_out}.{_thread(one)}" for one in support.REFUSED]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,7 @@
-"""Every profile for real, with two processes on a CPU: the engine that it names, fp32 masters, and one process's losses and adapter."""
+"""Every profile for real, with two processes on a CPU: the engine that it names, fp32 masters, and one process's losses and adapter.
+
+On GPUs: CUDA_VISIBLE_DEVICES=0,1 python -m pytest -o addopts= -m gpu tests/test_engines.py
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ LOSS_BAND = 2e-4  # of losses near 4, over six steps
 ADAPTER_BAND = 2e-3  # of a tensor's largest element: Adam's first steps have the size of the rate, however small a gradient is
 TWO = "tests/test_engines.py::test_cell_when_two_processes_run_it_then_losses_and_adapter_are_those_of_one"
 ONE = "tests/test_engines.py::test_cell_when_one_process_runs_it_then_learns"
+GPU = "tests/test_engines.py::test_cell_when_a_gpu_runs_it_then_learns"
+TWO_GPUS = "tests/test_engines.py::test_cell_when_two_gpus_run_it_then_losses_and_adapter_are_those_of_one"
 
 
 def flags_of(cell: Cell) -> dict[str, Any]:
@@ -127,6 +132,21 @@ def test_cell_when_two_processes_run_it_then_losses_and_adapter_are_those_of_one
 def test_cell_when_one_process_runs_it_then_learns(cell: Cell, alone: Callable[[Cell], Path]) -> None:
     losses = logs(alone(cell), "loss")
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", support.cells_of(GPU), ids=str)
+def test_cell_when_a_gpu_runs_it_then_learns(cell: Cell, alone: Callable[[Cell], Path]) -> None:
+    losses = logs(alone(cell), "loss")
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", support.cells_of(TWO_GPUS), ids=str)
+def test_cell_when_two_gpus_run_it_then_losses_and_adapter_are_those_of_one(
+    cell: Cell, rows: Path, tmp_path: Path, alone: Callable[[Cell], Path]
+) -> None:
+    run_two(NAMES.get(cell.engine, cell.engine), cell, rows, tmp_path / "run", alone)
 
 
 def test_fsdp2_when_two_processes_train_dora_then_is_as_one(rows: Path, tmp_path: Path, alone: Callable[[Cell], Path]) -> None:

@@ -109,7 +109,7 @@ TESTS = (
         (
             Cells(quantizations=("none",), engines=ENGINES_OF_TWO, compiles=PLAIN, packs=PLAIN),
             Cells(methods=("lora", "dora"), quantizations=("nf4",), engines=ENGINES_OF_TWO, compiles=PLAIN, packs=PLAIN),
-            Cells(methods=("lora", "dora"), quantizations=("none",), engines=ENGINES_OF_TWO, compiles=PLAIN, packs=FAST),
+            Cells(methods=("lora", "dora"), quantizations=("none",), engines=ENGINES_OF_TWO, compiles=PLAIN, packs=(True,)),
         ),
         ON_CPU,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 
 from surefoot.config import Config
 from surefoot.errors import PlanError
-from surefoot.machine import Machine
+from surefoot.machine import Machine, probe
 from surefoot.plan import Plan, make_plan
 from surefoot.rules.launch import PROFILES
 from tests.conftest import H200, ROOT, inputs, machine
@@ -124,3 +125,31 @@ def test_weights_when_an_engine_cuts_them_then_are_read_onto_the_gpu_only_if_the
     assert [plan(on, small).model.loads_on_gpu for on in (zero3, fsdp2, group(2, 2))] == [True, True, True]
     big = {**LLAMA_70B, "torch_dtype": "bfloat16"}
     assert [plan(on, big).model.loads_on_gpu for on in (zero3, fsdp2, group(0, 2))] == [False, False, False]
+
+
+def test_probe_when_accelerate_hands_a_profile_on_then_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {
+        "LOCAL_RANK": "1", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto", "ACCELERATE_GRADIENT_CLIPPING": "auto",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+        "ACCELERATE_MIXED_PRECISION": "no",
+    }  # fmt: skip
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    here = probe()
+    assert (here.rank, here.local_rank, here.world_size, here.local_world_size) == (5, 1, 8, 4)
+    assert (here.strategy, here.cuts_weights, here.offloads, here.is_launched, here.has_profile) == ("zero3", True, True, True, True)
+    assert (here.launcher_accumulation, here.launcher_clipping, here.launcher_precision) == (None, None, "no")
+
+
+def test_probe_when_the_profile_names_a_deepspeed_json_then_reads_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "zero.json"
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    file.write_text(
+        json.dumps({"zero_optimization": zero, "bf16": {"enabled": True}, "gradient_accumulation_steps": 4, "gradient_clipping": 0.5})
+    )
+    for name, value in {"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}.items():
+        monkeypatch.setenv(name, value)
+    here = probe()
+    assert (here.strategy, here.offloads, here.launcher_precision) == ("zero2", True, "bf16")
+    assert (here.launcher_accumulation, here.launcher_clipping) == (4, 0.5)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -179,6 +180,17 @@ def test_cpu_2proc_when_launched_without_a_number_then_runs_two(
 def test_zero3_when_offloaded_then_is_as_one(method: str, rows: Path, tmp_path: Path, alone: Callable[[Cell], Path]) -> None:
     cell = Cell(method, "none", "zero3", False, False)
     run_two("ds_zero3_offload", cell, rows, tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+def test_step_when_it_is_not_finite_under_an_engine_then_all_end_with_4(engine: str, rows: Path, tmp_path: Path) -> None:
+    """FSDP2 skips the step and keeps it with the whole adapter; DeepSpeed has used it when it is judged."""
+    flags = {**flags_of(Cell("dora", "none", engine, False, False)), "learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0}
+    done = launch(NAMES.get(engine, engine), words({**flags, "max_bad_steps": 1, "data_path": rows, "output_dir": tmp_path / "run"}))
+    assert re.findall(r"exitcode +: (-?\d+)", done.stderr) == ["4", "4"], why(done)
+    assert done.stderr.count("finetune.py: step 2: the ") == 1
+    assert (tmp_path / "run/bad_steps/step-2/adapter_model.safetensors").exists() == (engine == "fsdp2")
 
 
 @pytest.mark.slow

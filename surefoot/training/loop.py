@@ -129,9 +129,10 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
             )
         is_last_straw = self.guard.reject(step)
         bad = bad_steps.gathered(step, complaint, numbers, self._reports(window, looks=numbers.tokens != 0))
-        kept = None
+        kept, model = None, self.accelerator.unwrap_model(self.model)
+        whole = engines.whole_trainables(model) if self.engine == "fsdp" else None
         if self.is_world_process_zero():
-            kept = bad_steps.keep(Path(self.args.output_dir), bad, self.accelerator.unwrap_model(self.model))
+            kept = bad_steps.keep(Path(self.args.output_dir), bad, model, whole)
         self._say(f"step {step} skipped: {bad.cause()}" + (f"; kept in {kept}" if kept else ""))
         if is_last_straw or bad.is_hopeless:
             self._stop(bad.last_words(self.guard.in_a_row, kept), saves=not bad.is_hopeless)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from surefoot import cli, signals
+from surefoot import cli, last_words, signals
 from surefoot.config import FLAGS, Config
 from surefoot.errors import SurefootError
 from surefoot.run import run
@@ -35,9 +34,7 @@ def main() -> int:
         fire.Fire(lambda **flags: train(**flags), command=cli.tidy(argv), serialize=lambda _: None)
     except SurefootError as error:
         signals.ignore()
-        if not error.is_shared or os.environ.get("RANK", "0") == "0":
-            print(f"finetune.py: {error}", file=sys.stderr)
-        return error.exit_code
+        return last_words.say(error)
     return 0
 
 

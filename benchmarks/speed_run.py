@@ -45,11 +45,11 @@ class Setting:
 def run(setting: Setting, case: str, number: int, system: str) -> dict[str, Any]:
     """One process: its steps, speed, memory and environment, or the last line of its error."""
     work = CASES[case][0].tiny() if setting.tiny else CASES[case][0]
-    model, rows = _inputs(setting, work)
+    model, rows = inputs(setting, work)
     stage, folder = SYSTEMS[system].stage, setting.work / "run"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    flags = [] if stage is None else [*_flags(work, stage), f"--max_steps={setting.steps}", *setting.ours_flags]
+    flags = [] if stage is None else [*flags_of(work, stage), f"--max_steps={setting.steps}", *setting.ours_flags]
     command = (
         speed_peers.words(system, work, model, rows / "rows.npz", setting.steps)
         if stage is None
@@ -59,14 +59,14 @@ def run(setting: Setting, case: str, number: int, system: str) -> dict[str, Any]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     row: dict[str, Any] = {"case": case, "system": system, "round": number, "date": now, "flags": flags}
     code, output, row["wall_s"] = _process(command, folder, setting, is_peer=stage is None)
-    row["environment"] = _environment(setting, is_peer=stage is None)
+    row["environment"] = environment(setting, is_peer=stage is None)
     if code != 0:
-        return row | {"error": _last_error(output, code)}
-    measured = _ours(folder / "adapter") if stage else speed_peers.read(output)
-    return row | _figures(measured, setting.warmup)
+        return row | {"error": last_error(output, code)}
+    measured = ours(folder / "adapter") if stage else speed_peers.read(output)
+    return row | figures(measured, setting.warmup)
 
 
-def _flags(work: Work, stage: int) -> list[str]:
+def flags_of(work: Work, stage: int) -> list[str]:
     """finetune.py's flags for the work; rows of no fixed length are packed."""
     rows = work.rows if work.length else 1
     packing = ["--packing=False"] if work.length else ["--packing=True", f"--pack_len={work.tokens}"]
@@ -77,7 +77,7 @@ def _flags(work: Work, stage: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _ours(folder: Path) -> dict[str, Any]:
+def ours(folder: Path) -> dict[str, Any]:
     """The steps of a run folder, from the rates of its log lines; a step's tokens are the mean of the run."""
     logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logs = [log for log in logs if "tokens_per_s" in log]
@@ -90,7 +90,7 @@ def _ours(folder: Path) -> dict[str, Any]:
     }
 
 
-def _figures(measured: dict[str, Any], warmup: int) -> dict[str, Any]:
+def figures(measured: dict[str, Any], warmup: int) -> dict[str, Any]:
     steady = measured["steps"][warmup:]
     second = statistics.median(seconds for _, seconds in steady)
     tokens = statistics.mean(tokens for tokens, _ in steady)
@@ -105,15 +105,16 @@ def _figures(measured: dict[str, Any], warmup: int) -> dict[str, Any]:
     }
 
 
-def _inputs(setting: Setting, work: Work) -> tuple[Path, Path]:
-    """The folders of the model and of the rows, made where they are missing."""
+def inputs(setting: Setting, work: Work, processes: int = 1) -> tuple[Path, Path]:
+    """The folders of the model and of the rows of all steps and processes, made where they are missing."""
+    count = work.rows * setting.steps * processes
     model = setting.work / work.shape
-    rows = setting.work / f"rows_{work.length or 'commonsense'}_{work.rows * setting.steps}"
+    rows = setting.work / f"rows_{work.length or 'commonsense'}_{count}"
     script = [sys.executable, str(ROOT / "benchmarks/speed_inputs.py")]
     if not (model / "config.json").is_file():
         subprocess.run([*script, "model", str(model), work.shape, str(setting.tokenizer)], check=True)
     if not (rows / "rows.npz").is_file():
-        shape = [work.length or 0, work.rows * setting.steps, f"--data={setting.data}", f"--cutoff_len={CUTOFF}"]
+        shape = [work.length or 0, count, f"--data={setting.data}", f"--cutoff_len={CUTOFF}"]
         subprocess.run([*script, "rows", str(rows), str(setting.tokenizer), *map(str, shape)], check=True)
     return model, rows
 
@@ -137,7 +138,7 @@ def _env(setting: Setting, *, is_peer: bool) -> dict[str, str]:
     return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
-def _last_error(output: str, code: int) -> str:
+def last_error(output: str, code: int) -> str:
     """The last line that is no warning, without this machine's folders."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     line = next((line for line in reversed(lines) if re.search(r"Error|finetune\.py:|not done after", line)), lines[-1] if lines else "")
@@ -145,7 +146,7 @@ def _last_error(output: str, code: int) -> str:
 
 
 @functools.cache
-def _environment(setting: Setting, *, is_peer: bool) -> dict[str, Any]:
+def environment(setting: Setting, *, is_peer: bool) -> dict[str, Any]:
     """Machine and package versions, as a process of that kind sees them."""
     code = "import dataclasses, json; from surefoot.machine import probe; print(json.dumps(dataclasses.asdict(probe())))"
     env = _env(setting, is_peer=is_peer)

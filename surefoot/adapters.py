@@ -112,8 +112,11 @@ def _start_empty_rows(layer: LoraLayer, empty: torch.Tensor, mean_norm: float) -
     b.data[empty.to(b.device)] = value
 
 
-def compile_layers(model: Any) -> int:
+def compile_layers(model: Any, *, in_pieces: bool = False) -> int:
     """Compiles each decoder layer in place (one graph serves all of them) and returns how many.
+
+    Args:
+        in_pieces: an engine gathers a layer's weights in hooks around its forward pass, which stay outside the graph.
 
     Raises:
         BackendError: the model has no list of decoder layers.
@@ -123,7 +126,12 @@ def compile_layers(model: Any) -> int:
     if layers is None:
         raise BackendError(f"--enable_torch_compile: {type(base).__name__} has no `layers` to compile one by one. Set it to False")
     for layer in layers:
-        layer.compile()
+        if in_pieces:
+            layer.forward = torch.compile(layer.forward)
+        else:
+            layer.compile()
+    if in_pieces:
+        return len(layers)
     # the first layer's input is made to need a gradient, as the others' does: one graph for all
     base.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_() if torch.is_grad_enabled() else out)
     return len(layers)

@@ -50,7 +50,7 @@ RETIRED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_sr_trainer": ((False,), "it belonged to a research fork; the Trainer here has no such mode"),
     "timestamp": (("", None), "name the run with --run_name, or its folder with --output_dir"),
     "local_rank": (tuple(range(-1, 1024)), "ranks come from the environment that accelerate or torchrun sets"),
-    "deepspeed": (("", None), "start it as: accelerate launch --config_file profiles/ds_zero2.yaml finetune.py ..."),
+    "deepspeed": (("", None), "start it as: accelerate launch --config_file profiles/ds_zero2.yaml --num_processes N finetune.py ..."),
     "num_generations": ((), _GRPO),
     "max_prompt_length": ((), _GRPO),
     "max_completion_length": ((), _GRPO),

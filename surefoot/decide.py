@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from surefoot.rules import attention, fast, memory, model, packing, process, resume, training
+from surefoot.rules import attention, fast, launch, memory, model, packing, process, resume, supported, training
 from surefoot.rules.desk import Choice, Desk
 
 if TYPE_CHECKING:
@@ -17,7 +17,11 @@ NOT_SETTINGS = ("config", "dry_run", "plan_json", "resume", "overwrite", "strict
 def decisions(desk: Desk) -> dict[str, Choice]:
     """Every decided value by name."""
     decided = {choice.name: choice for choice in _decide(desk)}
-    recomputed = memory.recompute(desk, {name: choice.value for name, choice in decided.items()})
+    values = {name: choice.value for name, choice in decided.items()}
+    launch.profile_and_flags(desk, values["gradient_accumulation_steps"], values["precision"])
+    launch.host_memory(desk, values["frozen_dtype"], values["quantization"], values["loads_on_gpu"])
+    supported.check(desk, values)
+    recomputed = memory.recompute(desk, values)
     return decided | {choice.name: choice for choice in recomputed}
 
 
@@ -36,7 +40,9 @@ def _decide(desk: Desk) -> Iterator[Choice]:
     yield from attention.kernels(desk, implementation.value)
     yield attention.compiling(desk)
     yield from fast.fused(desk)
-    yield fast.frozen_dtype(desk, quantization.value, precision.value)
+    frozen_dtype = fast.frozen_dtype(desk, quantization.value, precision.value)
+    yield frozen_dtype
+    yield launch.loading(desk, frozen_dtype.value, quantization.value)
     yield from packing.packing(desk, implementation.value)
     yield from training.batch(desk)
     yield training.warmup(desk)
@@ -46,7 +52,7 @@ def _decide(desk: Desk) -> Iterator[Choice]:
     yield resume.resume_from(desk)
     yield process.environment(desk)
     training.steps(desk)
-    process.processes(desk)
+    launch.processes(desk)
     process.floors(desk)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "bitsandbytes", "deepspeed",
@@ -27,7 +30,9 @@ class Gpu:
 class Machine:
     """What this process can see. `engine` is single, ddp, deepspeed or fsdp, as the launcher's environment names it.
 
-    stop_file is where a launcher leaves word that the run is to stop (SUREFOOT_STOP_FILE).
+    local_world_size counts the processes of this host; is_launched: a launcher started this process as one of a group, if of one;
+    has_profile: or accelerate started it alone; the launcher_* and offloads are what its profile says, None where it leaves them to the
+    flags; command: how the program was started; stop_file: where a launcher leaves word that the run is to stop (SUREFOOT_STOP_FILE).
     """
 
     hostname: str
@@ -41,9 +46,17 @@ class Machine:
     world_size: int = 1
     rank: int = 0
     local_rank: int = 0
+    local_world_size: int = 1
+    is_launched: bool = False
+    has_profile: bool = False
     engine: str = "single"
     zero_stage: int | None = None
+    fsdp_version: int = 2
     launcher_precision: str = "no"
+    launcher_accumulation: int | None = None
+    launcher_clipping: float | None = None
+    offloads: bool = False
+    command: tuple[str, ...] = ()
     cache_dir: str = ""
     cpu_name: str = ""
     driver: str | None = None
@@ -52,6 +65,17 @@ class Machine:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def strategy(self) -> str:
+        """single, ddp, zero2, zero3 or fsdp2; another number where the profile names another stage or version."""
+        numbered = {"deepspeed": f"zero{2 if self.zero_stage is None else self.zero_stage}", "fsdp": f"fsdp{self.fsdp_version}"}
+        return numbered.get(self.engine, self.engine)
+
+    @property
+    def cuts_weights(self) -> bool:
+        """The engine keeps the weights in pieces and gathers a layer when it computes."""
+        return self.strategy in ("zero3", "fsdp2")
 
     @property
     def gpu(self) -> Gpu | None:
@@ -78,9 +102,12 @@ def probe() -> Machine:
         world_size=int(env.get("WORLD_SIZE", "1")),
         rank=int(env.get("RANK", "0")),
         local_rank=int(env.get("LOCAL_RANK", "0")),
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))),
+        is_launched="LOCAL_RANK" in env,
+        has_profile="LOCAL_RANK" in env or "ACCELERATE_USE_CPU" in env,
         engine=_engine(),
-        zero_stage=_number(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")),
-        launcher_precision=env.get("ACCELERATE_MIXED_PRECISION", "no"),
+        **_profile(),
+        command=tuple(sys.argv) if Path(sys.argv[0]).name == "finetune.py" else (),
         cache_dir=str(_cache_dir()),
         cpu_name=_cpu_name(),
         driver=_driver(),
@@ -89,7 +116,8 @@ def probe() -> Machine:
 
 
 def _may_have_gpu() -> bool:
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").startswith("-1") or os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if hidden or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return False
     return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
 
@@ -114,6 +142,33 @@ def _engine() -> str:
     if env.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return "fsdp"
     return "ddp" if int(env.get("WORLD_SIZE", "1")) > 1 else "single"
+
+
+def _profile() -> dict[str, Any]:
+    """What accelerate's profile says, as its launcher hands it on: in the environment, or in a DeepSpeed JSON that it names."""
+    env = os.environ
+    file = _deepspeed_file(env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+    zero = file.get("zero_optimization", {})
+    offload = [env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM")]
+    offload += [zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
+    precision = next((kind for kind in ("bf16", "fp16") if file.get(kind, {}).get("enabled") is True), "no")
+    return {
+        "zero_stage": zero.get("stage", _number(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"))),
+        "fsdp_version": _number(env.get("FSDP_VERSION")) or 2,
+        "launcher_precision": precision if precision != "no" else env.get("ACCELERATE_MIXED_PRECISION", "no"),
+        "launcher_accumulation": _number(str(file.get("gradient_accumulation_steps", env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")))),
+        "launcher_clipping": _decimal(str(file.get("gradient_clipping", env.get("ACCELERATE_GRADIENT_CLIPPING")))),
+        "offloads": any(device != "none" for device in offload) or env.get("FSDP_OFFLOAD_PARAMS") == "true",
+    }
+
+
+def _deepspeed_file(path: str | None) -> dict[str, Any]:
+    """DeepSpeed's own JSON, {} where there is none; a broken one is DeepSpeed's to name."""
+    try:
+        content = json.loads(Path(path).read_text()) if path and path != "none" else {}
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _versions() -> dict[str, str]:
@@ -154,3 +209,7 @@ def _memory_gib() -> float:
 
 def _number(text: str | None) -> int | None:
     return int(text) if text and text.isdigit() else None
+
+
+def _decimal(text: str | None) -> float | None:
+    return float(text) if text and text.replace(".", "", 1).isdigit() else None

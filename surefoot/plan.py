@@ -12,7 +12,7 @@ from surefoot.errors import BackendError, PlanError, joined
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
 from surefoot.memory import Estimate
-from surefoot.rules import attention, resume
+from surefoot.rules import attention, launch, resume
 from surefoot.rules.desk import Choice, Desk
 from surefoot.verdicts import Shape, Verdicts
 
@@ -115,6 +115,7 @@ class ProcessPlan:
     seed: int
     deterministic: bool
     gpu: int | None  # this process's; what says just "cuda" means it
+    fsdp_on_cpu: bool  # accelerate would silently run DDP
     sdpa_kernels: tuple[str, ...]  # of cudnn, flash, efficient, math
     environment: dict[str, str]
 
@@ -157,14 +158,11 @@ def _pick(kind: type[T], config: Config, **decided: Any) -> T:
     return kind(**{**same, **{name: value for name, value in decided.items() if name in names}})
 
 
-def _places_itself(machine: Machine) -> bool:
-    """True where a model is loaded straight onto the GPU; DeepSpeed and FSDP place it themselves."""
-    return bool(machine.gpus) and machine.engine in ("single", "ddp")
-
-
 def attention_to_check(config: Config, machine: Machine, inputs: Inputs) -> Shape | None:
     """What the attention canary must try before make_plan(); None where nothing but eager attention, or no GPU, is in question."""
-    return attention.to_check(Desk(config=config, machine=machine, inputs=inputs, problems=[], notes=[]))
+    desk = Desk(config=config, machine=machine, inputs=inputs, problems=[], notes=[])
+    launch.processes(desk)
+    return None if desk.problems else attention.to_check(desk)  # a process without a GPU has none to try them on
 
 
 def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdicts | None = None) -> Plan:
@@ -191,7 +189,7 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdic
     values = {name: choice.value for name, choice in decided.items()}
     plan = Plan(
         backend=values["backend"],
-        model=_pick(ModelPlan, config, path=inputs.model_path, loads_on_gpu=_places_itself(machine), **values),
+        model=_pick(ModelPlan, config, path=inputs.model_path, **values),
         adapter=_pick(AdapterPlan, config, **values),
         data=_pick(
             DataPlan,
@@ -200,7 +198,13 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdic
             cache_dir=machine.cache_dir if config.data_cache else None,
         ),
         train=_pick(TrainPlan, config, **values),
-        process=_pick(ProcessPlan, config, gpu=machine.local_rank if machine.gpus else None, **values),
+        process=_pick(
+            ProcessPlan,
+            config,
+            gpu=machine.local_rank if machine.gpus else None,
+            fsdp_on_cpu=machine.engine == "fsdp" and not machine.gpus,
+            **values,
+        ),
         output=OutputPlan(
             folder=config.output_dir,
             clears_earlier_run=config.overwrite,

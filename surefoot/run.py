@@ -73,13 +73,14 @@ def carry_out(plan: Plan, request: signals.StopRequest, *, say: Any) -> None:
     model = adapters.attach(model, plan.adapter, plan.process.seed)
     say(adapters.describe(model))
     if plan.model.fused_adapters:
-        say(fuse(model).line())
+        say(fuse(model, in_pieces=plan.machine.cuts_weights).line())
     collator: Any = packing.collator(data, rows.Collator(pad_token_id=pad.token_id))
     if plan.model.fused_loss:
         head.use_head_loss(model, compiled=plan.model.enable_torch_compile)
         collator = head.WithPositions(collator)
     if plan.model.enable_torch_compile:
-        say(f"torch.compile: {adapters.compile_layers(model)} decoder layers, compiled at their first step")
+        count = adapters.compile_layers(model, in_pieces=plan.machine.cuts_weights)
+        say(f"torch.compile: {count} decoder layers, compiled at their first step")
     with artifacts.opened(plan) as folder:
         folder.note(pad=pad._asdict(), zero_rows=zero_rows)
         folder.note_data(data.report.as_record())

@@ -33,6 +33,16 @@ def apply(plan: ProcessPlan) -> None:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     transformers.set_seed(plan.seed)
+    if plan.fsdp_on_cpu:
+        _fsdp_on_cpu()
+
+
+def _fsdp_on_cpu() -> None:
+    """accelerate 1.15 makes FSDP of a group of GPUs only, and DDP, or processes of their own, of one of CPUs, without a word."""
+    from accelerate import DistributedType, PartialState
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 
 def quiet() -> None:

@@ -25,6 +25,8 @@ LEVELS = {
         "surefoot.checkpoint",
         "surefoot.signals",
         "surefoot.memory",
+        "surefoot.support",
+        "surefoot.last_words",
     ],
     2: ["surefoot.decide", "surefoot.plan", "surefoot.plan_text"],
     3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.evaluate", "surefoot.weights"],

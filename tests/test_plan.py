@@ -74,9 +74,8 @@ def test_precision_when_chosen_then_fits_the_hardware(
         ({"bf16": True}, machine(gpus=(T4,)), "compute capability 8.0; Tesla T4 has 7.5"),
         ({"fp16": True}, machine(gpus=(H200,), launcher_precision="bf16"), "mixed_precision: bf16, the flags say fp16"),
         ({"load_4bit": True, "load_8bit": True}, machine(), "exclude each other"),
-        ({"load_4bit": True, "adapter_name": "full"}, machine(), "cannot train quantized weights"),
+        ({"load_4bit": True, "adapter_name": "full"}, machine(), "quantized weights cannot be trained"),
         ({"load_8bit": True, "adapter_name": "dora"}, machine(), "fails on a CPU"),
-        ({"load_4bit": True, "adapter_name": "dora"}, machine(engine="deepspeed", zero_stage=3, gpus=(H200,)), "fails under ZeRO-3"),
         ({"load_4bit": True}, machine(versions={}), "pip install 'surefoot[bnb]'"),
         ({"load_4bit": True, "init_lora_weights": "pissa"}, machine(), "needs the unquantized weights"),
         ({"init_lora_weights": "eva"}, machine(), "init_lora_weights=eva"),
@@ -97,7 +96,6 @@ def test_precision_when_chosen_then_fits_the_hardware(
         ({"report_to": "wandb"}, machine(), "pip install wandb"),
         ({"report_to": "none,wandb"}, machine(), "none stands alone"),
         ({"resume": True, "overwrite": True}, machine(), "exclude each other"),
-        ({}, machine(gpus=(H200,), world_size=2, rank=1, local_rank=1), "has no GPU: 1 visible. Use --num_processes 1"),
     ],
 )  # fmt: skip
 def test_plan_when_flags_contradict_then_says_the_rule_and_the_way_out(flags: dict[str, object], on: object, says: str) -> None:
@@ -194,6 +192,6 @@ def test_table_when_short_then_counts_what_it_leaves_out() -> None:
 
 
 def test_process_when_it_is_one_of_several_on_a_machine_then_has_its_own_gpu() -> None:
-    here = machine(gpus=(H200, H200), world_size=2, rank=1, local_rank=1, engine="ddp")
+    here = machine(gpus=(H200, H200), world_size=2, local_world_size=2, rank=1, local_rank=1, engine="ddp")
     assert make_plan(Config.parse({"base_model": "org/model"}), here, inputs()).process.gpu == 1
     assert make_plan(Config.parse({"base_model": "org/model"}), machine(), inputs()).process.gpu is None

@@ -101,7 +101,7 @@ def _quantization(plan: ModelPlan) -> BitsAndBytesConfig | None:
 
 
 def _device_map(plan: ModelPlan) -> dict[str, Any] | None:
-    """Straight to this process's GPU; under DeepSpeed and FSDP the engine places what is not quantized."""
+    """Straight to this process's GPU, or into host memory; what is quantized is made where it computes."""
     if plan.quantization == "none" and not plan.loads_on_gpu:
         return None
     return {"": torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"}

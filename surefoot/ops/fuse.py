@@ -1,4 +1,4 @@
-"""fuse(): puts the fused layers into a model, layer by layer, or says why not; and keeps DoRA's row norms up to date."""
+"""fuse(): puts the fused layers into a model, layer by layer, or says why not."""
 
 from __future__ import annotations
 
@@ -16,70 +16,28 @@ from transformers.activations import SiLUActivation
 
 from surefoot.ops import quantized
 from surefoot.ops.layers import ADAPTER, FUSED_CLASSES, FusedMLP, Fusion, Siblings
-from surefoot.ops.norms import row_norms, squared_rows
-from surefoot.ops.quantized import weight_of
+from surefoot.ops.renewal import Norms
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one block that are given the same input
 SWIGLU_BLOCKS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "Olmo2MLP")  # whose forward is down(act(gate(x)) * up(x))
-LAYERS_AT_ONCE = 32  # whose row norms are renewed together: 0.3 GB of temporaries at 14,336 x 4,096
-
-
-class Shape:
-    """Up to LAYERS_AT_ONCE layers of one shape and scale, whose norms are renewed together."""
-
-    def __init__(self, layers: list[Any]) -> None:
-        self.layers = layers
-        self.weights_squared = torch.stack([squared_rows(weight_of(layer.get_base_layer())) for layer in layers])
-
-    def renew(self) -> None:
-        a, b = [layer.lora_A[ADAPTER].weight for layer in self.layers], [layer.lora_B[ADAPTER].weight for layer in self.layers]
-        weights = (weight_of(layer.get_base_layer()) for layer in self.layers)
-        norms = row_norms(weights, a, b, self.layers[0].scaling[ADAPTER], self.weights_squared)
-        torch._foreach_copy_([layer.row_norm for layer in self.layers], list(norms))
-
-
-def _shapes(layers: list[Any]) -> list[Shape]:
-    alike: dict[Any, list[Any]] = {}
-    for layer in layers:
-        a, b, weight = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.get_base_layer().weight
-        alike.setdefault((a.shape, b.shape, a.device, weight.dtype, layer.scaling[ADAPTER]), []).append(layer)
-    return [Shape(group[start : start + LAYERS_AT_ONCE]) for group in alike.values() for start in range(0, len(group), LAYERS_AT_ONCE)]
 
 
 @dataclass
 class Fused:
-    """What fuse() did: the fused layers, and of the others the reason by name. Keeps DoRA's row norms up to date.
-
-    The norms change with A and B, hence once per optimizer step: a hook of every torch optimizer marks them stale, and so does any change
-    that torch counts (load_state_dict, in-place edits); the next forward of the whole model renews them, before its micro-batches,
-    accumulation and recompute share them.
-    """
+    """What fuse() did: the fused layers, of the others the reason by name, and who keeps DoRA's row norms up to date."""
 
     layers: list[Any]
     refused: dict[str, str]
-    renewals: int = 0  # of the norms
-    _shapes: list[Shape] = field(default_factory=list, repr=False)
-    _seen: tuple[int, tuple[float, ...]] = field(default=(-1, ()), repr=False)
-    _is_stale: bool = field(default=True, repr=False)
+    norms: list[Norms] = field(repr=False)
+
+    @property
+    def renewals(self) -> int:
+        """How often the norms were renewed."""
+        return max(norms.renewals for norms in self.norms)
 
     def mark_stale(self, *_: Any) -> None:
-        self._is_stale = True
-
-    def renew(self, *_: Any) -> None:
-        """Renews the norms if anything they depend on has changed."""
-        doras = [layer for layer in self.layers if layer.row_norm is not None and ADAPTER in layer.lora_A]
-        versions = sum(layer.lora_A[ADAPTER].weight._version + layer.lora_B[ADAPTER].weight._version for layer in doras)
-        seen = versions, tuple(layer.scaling[ADAPTER] for layer in doras)
-        if not doras or (not self._is_stale and seen == self._seen):
-            return
-        device = doras[0].lora_A[ADAPTER].weight.device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            if not self._shapes or seen[1] != self._seen[1] or self._shapes[0].weights_squared.device != device:
-                self._shapes = _shapes(doras)
-            for shape in self._shapes:
-                shape.renew()
-        self._seen, self._is_stale = seen, False
-        self.renewals += 1
+        for norms in self.norms:
+            norms.mark_stale()
 
     def line(self) -> str:
         """One line for the terminal."""
@@ -90,8 +48,16 @@ class Fused:
         return text
 
 
-def fuse(model: Any) -> Fused:
-    """Gives every LoRA or DoRA layer that it knows the fused forward, in place; the model stays a PeftModel."""
+def fuse(model: Any, *, in_pieces: bool = False) -> Fused:
+    """Gives every LoRA or DoRA layer that it knows the fused forward, in place; the model stays a PeftModel.
+
+    DoRA's norms are renewed after an optimizer step by the next forward pass of the whole model, before its micro-batches, accumulation
+    and recompute share them.
+
+    Args:
+        in_pieces: an engine will gather the weights of a decoder layer for each of its passes (ZeRO-3, FSDP2): each layer then renews
+            its own norms, when it has its weights.
+    """
     refused: dict[str, str] = {}
     layers = []
     for name, layer in model.named_modules():
@@ -109,14 +75,33 @@ def fuse(model: Any) -> Fused:
                 layer.siblings, layer.place = siblings, place
         if _is_swiglu(block):
             block.__class__ = FusedMLP
-    fused = Fused(layers, refused)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    inner.register_forward_pre_hook(fused.renew)
+    norms = _norms_by_layer(inner) if in_pieces else [Norms(layers, sees_changes=True)]
+    if not in_pieces:
+        inner.register_forward_pre_hook(norms[0].renew)
+    fused = Fused(layers, refused, norms)
     inner.register_load_state_dict_post_hook(fused.mark_stale)
     mark_stale = weakref.WeakMethod(fused.mark_stale)
     hook = register_optimizer_step_post_hook(lambda *_: (mark := mark_stale()) and mark())
     weakref.finalize(fused, hook.remove)
     return fused
+
+
+def _norms_by_layer(inner: Any) -> list[Norms]:
+    """Of each decoder layer its norms, which it renews in its forward pass.
+
+    The hooks are set at the model's first pass: they must run after the engine's, which gather the weights.
+    """
+    decoder_layers = list(inner.get_decoder().layers)
+    every = [Norms([part for part in layer.modules() if isinstance(part, Fusion)], sees_changes=False) for layer in decoder_layers]
+
+    def hook_layers(*_: Any) -> None:
+        first.remove()
+        for layer, norms in zip(decoder_layers, every, strict=True):
+            layer.register_forward_pre_hook(norms.renew)
+
+    first = inner.register_forward_pre_hook(hook_layers)
+    return every
 
 
 def _obstacle(layer: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutput
 
 from surefoot.ops.loss import head_loss, loss_and_gradient, trained_positions
@@ -35,6 +36,8 @@ def use_head_loss(model: Any, *, compiled: bool) -> None:
         given = {name: value for name, value in named.items() if value is not None}
         hidden = decoder(input_ids=input_ids, **given).last_hidden_state
         scale = None if num_items_in_batch is None else 1.0 / num_items_in_batch
+        if isinstance(head, FSDPModule):
+            head(hidden.detach()[:, :1])  # its hooks gather the weight, which stays whole until the backward pass; ZeRO-3 gathers on access
         return CausalLMOutput(loss=head_loss(hidden, head.weight, labels, positions, scale, step))
 
     causal.forward = forward

@@ -41,19 +41,12 @@ def _unless(desk: Desk, name: str, obstacle: str) -> Choice:
 
 
 def _adapters_obstacle(desk: Desk) -> str:
-    m = desk.machine
-    if desk.config.adapter_name == "full":
-        return "every weight is trained"
-    if m.engine == "fsdp" or m.zero_stage == 3:
-        return f"{'FSDP' if m.engine == 'fsdp' else 'ZeRO-3'} keeps the weights in pieces; PEFT's own layers gather them"
-    return ""
+    return "every weight is trained" if desk.config.adapter_name == "full" else ""
 
 
 def _loss_obstacle(desk: Desk) -> str:
     if desk.config.adapter_name == "full":
         return "the head is trained"
-    if desk.machine.engine == "fsdp" or desk.machine.zero_stage == 3:
-        return "the head's weight is kept in pieces"
     found = desk.inputs.model_config
     if found is None:
         return "no config.json tells how the model makes its logits"

@@ -16,18 +16,6 @@ def quantization(desk: Desk) -> Choice:
         desk.problems.append("--load_4bit=True and --load_8bit=True exclude each other. Give one of them")
     elif kind != "none" and not m.has("bitsandbytes"):
         desk.problems.append(f"--{flag}=True needs bitsandbytes, which is not installed: pip install 'surefoot[bnb]'")
-    if kind != "none" and c.adapter_name == "full":
-        desk.problems.append(f"--adapter_name=full cannot train quantized weights: drop --{flag}, or use --adapter_name=dora")
-    if kind == "int8" and c.adapter_name == "dora" and not m.gpus:
-        desk.problems.append(
-            "--load_8bit=True with --adapter_name=dora fails on a CPU (bitsandbytes 0.50 has no weight gradient there). "
-            "Use --load_4bit=True, or --adapter_name=lora"
-        )
-    if kind == "nf4" and c.adapter_name == "dora" and m.zero_stage == 3:
-        desk.problems.append(
-            "QDoRA (--load_4bit=True --adapter_name=dora) fails under ZeRO-3: DeepSpeed 0.19 cannot partition Params4bit. "
-            "Use profiles/ddp.yaml, or --adapter_name=lora"
-        )
     reason = "NF4, double quantization" if kind == "nf4" else "frozen weights keep their precision" if kind == "none" else ""
     return Choice("quantization", kind, c.source(flag) if kind != "none" else "default", reason)
 

@@ -25,17 +25,6 @@ def environment(desk: Desk) -> Choice:
     return Choice("environment", env, "auto", "")
 
 
-def processes(desk: Desk) -> None:
-    m = desk.machine
-    if m.gpus and m.local_rank >= len(m.gpus):
-        desk.problems.append(f"process {m.rank} has no GPU: {len(m.gpus)} visible. Use --num_processes {len(m.gpus)}")
-    if len(m.gpus) > 1 and m.world_size == 1:
-        desk.notes.append(
-            f"1 process uses 1 of {len(m.gpus)} GPUs. For all: "
-            f"accelerate launch --config_file profiles/ddp.yaml --num_processes {len(m.gpus)} finetune.py ..."
-        )
-
-
 def floors(desk: Desk) -> None:
     """The stage's version floors beside what is loaded: facts for the reader, no gate."""
     m, stage = desk.machine, desk.stage

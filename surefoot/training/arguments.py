@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from torch.distributed import DistNetworkError
 from transformers import TrainingArguments
 
+from surefoot.errors import BackendError
 from surefoot.plan import Plan, TrainPlan
 
 
 def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
-    """TrainingArguments of a plan.
+    """TrainingArguments of a plan; making them joins the processes.
 
     Args:
         evaluates: False when the data were too few to hold rows out, which only their reading tells.
+
+    Raises:
+        BackendError: the processes cannot meet at the launcher's address.
     """
+    try:
+        arguments = _arguments(plan, evaluates)
+    except DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise BackendError(
+            f"process {plan.machine.rank} of {plan.machine.world_size} cannot meet the others at {address}: {str(error).splitlines()[0]}. "
+            "Give a free port: --main_process_port of accelerate launch, or MASTER_PORT"
+        ) from error
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would silently become nn.DataParallel
+    return arguments
+
+
+def _arguments(plan: Plan, evaluates: bool) -> TrainingArguments:
     t = plan.train
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=plan.output.folder,
         per_device_train_batch_size=t.per_device_train_batch_size,
         per_device_eval_batch_size=t.per_device_eval_batch_size,
@@ -29,9 +48,10 @@ def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         optim=t.optim,
-        bf16=t.precision == "bf16",
+        bf16=t.precision == "bf16" and not casts_itself(plan),
         fp16=t.precision == "fp16",
-        use_cpu=not plan.machine.gpus,
+        use_cpu=not plan.machine.gpus and not plan.process.fsdp_on_cpu,
+        dataloader_pin_memory=bool(plan.machine.gpus),
         logging_steps=t.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -49,8 +69,11 @@ def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
         full_determinism=False,
         **_schedule(t, evaluates),
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would silently become nn.DataParallel
-    return arguments
+
+
+def casts_itself(plan: Plan) -> bool:
+    """True where autocast is ours: asked for 16 bits, DeepSpeed and FSDP would cast the adapters too."""
+    return plan.machine.engine in ("deepspeed", "fsdp")
 
 
 def _schedule(t: TrainPlan, evaluates: bool) -> dict[str, Any]:

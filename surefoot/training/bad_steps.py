@@ -176,7 +176,7 @@ def gathered(step: int, complaint: str, numbers: StepNumbers, reports: list[Repo
     return BadStep(step, complaint, numbers, [report for report in reports if report.culprit] or reports)
 
 
-def keep(run_folder: Path, bad: BadStep, model: Any) -> Path | None:
+def keep(run_folder: Path, bad: BadStep, model: Any, whole: dict[str, torch.Tensor] | None = None) -> Path | None:
     """Adds a line to bad_steps.jsonl and writes bad_steps/step-N: record.json, the batches, and the adapter that met them.
 
     Returns:
@@ -184,6 +184,7 @@ def keep(run_folder: Path, bad: BadStep, model: Any) -> Path | None:
 
     Args:
         model: a PeftModel's adapter is saved beside the batches; other models are replayed from their newest checkpoint.
+        whole: the adapter's tensors, where an engine keeps the model's in pieces.
     """
     with (run_folder / f"{FOLDER}.jsonl").open("a") as file:
         file.write(json.dumps(bad.as_record()) + "\n")
@@ -195,6 +196,6 @@ def keep(run_folder: Path, bad: BadStep, model: Any) -> Path | None:
         for number, tensors in enumerate(report.files):
             save_file(tensors, folder / f"batch-{number}-of-rank-{report.rank}.safetensors")
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
     (folder / "record.json").write_text(json.dumps(bad.as_record(), indent=2) + "\n")
     return folder

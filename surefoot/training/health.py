@@ -94,7 +94,7 @@ def kind(name: str) -> str:
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP's DTensor: this rank's shard
+    local = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)  # this rank's piece
     values = local.detach().reshape(-1)
     return values[:: max(1, values.numel() // SAMPLE)].float().cpu().clone()
 

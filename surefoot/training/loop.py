@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 
 from surefoot.errors import NumericsError
-from surefoot.training import bad_steps, guard
+from surefoot.training import bad_steps, engines, guard
 from surefoot.training.bad_steps import Culprit, Report
 from surefoot.training.guard import Guard, MicroBatch, Pending, StepNumbers
 from surefoot.training.health import is_decayed
@@ -61,6 +61,7 @@ class SurefootTrainer(ResumableTrainer):
         """
         self.heartbeat.beat("update", self.state.global_step + 1)
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: each rank has its share of the sum
         measured = self.guard.measure(norm, self._tokens, stops=self.request.is_asked())
         step, window, self.guard.window = self.state.global_step + 1, self.guard.window, []
         fused = self._fused_optimizer()
@@ -125,9 +126,10 @@ class SurefootTrainer(ResumableTrainer):
             )
         is_last_straw = self.guard.reject(step)
         bad = bad_steps.gathered(step, complaint, numbers, self._reports(window, looks=numbers.tokens != 0))
-        kept = None
+        kept, model = None, self.accelerator.unwrap_model(self.model)
+        whole = engines.whole_trainables(model) if self.engine == "fsdp" else None
         if self.is_world_process_zero():
-            kept = bad_steps.keep(Path(self.args.output_dir), bad, self.accelerator.unwrap_model(self.model))
+            kept = bad_steps.keep(Path(self.args.output_dir), bad, model, whole)
         self._say(f"step {step} skipped: {bad.cause()}" + (f"; kept in {kept}" if kept else ""))
         if is_last_straw or bad.is_hopeless:
             self._stop(bad.last_words(self.guard.in_a_row, kept), saves=not bad.is_hopeless)
@@ -171,6 +173,22 @@ class SurefootTrainer(ResumableTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.settle()
         super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        """Of DeepSpeed's and FSDP's adapters from the checkpoint's adapter: their own loaders want frozen and quantized weights too."""
+        if self.engine in ("single", "ddp") or not isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        else:
+            engines.put_trainables(self.model, Path(self.state.best_model_checkpoint))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of DeepSpeed's and FSDP's adapters only the trained tensors are gathered; Trainer gathers the frozen weights with them."""
+        if self.engine in ("single", "ddp") or not isinstance(self.model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+            return
+        whole = engines.whole_trainables(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=whole)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

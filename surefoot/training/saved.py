@@ -36,10 +36,14 @@ def check(model: Any, folder: Path, ids: Any) -> dict[str, Any]:
     return {"tensors": compared, "logits": check_logits(model, folder, torch.as_tensor(ids[:PROBE], dtype=torch.int64)[None])}
 
 
-def check_tensors(model: Any, folder: Path) -> int:
-    """The number of saved tensors, each equal to the one in memory. Tied weights may be saved once."""
+def check_tensors(model: Any, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> int:
+    """The number of saved tensors, each equal to the one in memory. Tied weights may be saved once.
+
+    Args:
+        whole: an adapter's tensors, where an engine keeps the model's in pieces.
+    """
     if isinstance(model, PeftModel):
-        expected, may_lack = get_peft_model_state_dict(model, save_embedding_layers=False), set()
+        expected, may_lack = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False), set()
     else:
         expected, may_lack = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or ())
     found: dict[str, torch.Tensor] = {}

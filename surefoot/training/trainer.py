@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from surefoot.errors import BackendError, NumericsError
 from surefoot.plan import Plan
 from surefoot.signals import StopRequest
-from surefoot.training import leak, ranks, saved
+from surefoot.training import engines, leak, ranks, saved
 from surefoot.training.arguments import training_arguments
 from surefoot.training.checkpoints import Saver, disk_complaint, read_torch_files_anywhere
 from surefoot.training.guard import Guard
-from surefoot.training.health import Health
+from surefoot.training.health import Health, trainable
 from surefoot.training.heartbeat import Heartbeat
 from surefoot.training.loop import SurefootTrainer
 from surefoot.training.metrics import Ledger, Meter, duration, peak_memory_gib
@@ -73,6 +73,8 @@ def _explained(plan: Plan, heartbeat: Heartbeat) -> Iterator[None]:
 
 
 def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[str, Any]:
+    engine = engines.prepare(plan, model, trainer.accelerator)
+    trained = sum(parameter.numel() for _, parameter in trainable(model))  # now: an engine leaves each process its piece
     if plan.output.resume_from is not None:
         trainer.restore(Path(plan.output.resume_from))
         read_torch_files_anywhere()
@@ -92,19 +94,19 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
         "save_seconds": round(trainer.saver.last_s, 3),
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "memory": _memory(plan, meter),
-        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "trainable_parameters": trained,
         "bad_steps": guard.bad_steps,
         "loss_spikes": guard.spikes,
         "still_tensors": health.finish(model, result.global_step),
         "health": health.findings,
         "packing": packing,
+        "engine": engine,
         "best_checkpoint": trainer.state.best_model_checkpoint,
     }
     if data.eval is not None and plan.train.eval_strategy != "no":
         summary["eval_loss"] = _final_eval_loss(trainer)
     trainer.save_model(plan.output.folder)
-    if plan.machine.is_main and plan.machine.engine in ("single", "ddp"):
-        summary["saved"] = saved.check(model, Path(plan.output.folder), data.train[0]["input_ids"])
+    summary["saved"] = _check_saved(plan, model, data)
     return summary
 
 
@@ -139,6 +141,17 @@ def _trainer(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -
     lengths = trainer.train_dataset.lengths if plan.train.group_by_length else None
     trainer.order = Order(len(trainer.train_dataset), plan.train.seed, lengths, plan.train.batch_size)
     return trainer
+
+
+def _check_saved(plan: Plan, model: Any, data: Any) -> dict[str, Any] | None:
+    """Of DeepSpeed and FSDP the adapter's tensors alone: their model cannot take a second adapter, and a whole one may not fit."""
+    folder = Path(plan.output.folder)
+    if plan.machine.engine in ("single", "ddp"):
+        return saved.check(model, folder, data.train[0]["input_ids"]) if plan.machine.is_main else None
+    if plan.adapter.method == "full":
+        return None
+    whole = engines.whole_trainables(model)
+    return {"tensors": saved.check_tensors(model, folder, whole)} if plan.machine.is_main else None
 
 
 def _leak(trainer: SurefootTrainer, model: Any, ids: Any) -> float | None:

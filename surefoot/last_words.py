@@ -1,0 +1,44 @@
+"""Last words: of the processes of one launch one says what is wrong, and all end with the same exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from surefoot.errors import SurefootError
+
+PATIENCE_S = 3.0  # for the others to fail alike, before the launcher ends them
+
+
+def say(error: SurefootError) -> int:
+    """Prints `error` where no other process of this host has printed its own, and returns the exit code that all of them end with."""
+    folder = _shared_folder()
+    if folder is None:
+        if not error.is_shared or os.environ.get("RANK", "0") == "0":
+            print(f"finetune.py: {error}", file=sys.stderr)
+        return error.exit_code
+    try:
+        with (folder / "surefoot-exit-code").open("x") as file:
+            file.write(str(error.exit_code))
+        print(f"finetune.py: {error}", file=sys.stderr, flush=True)
+    except FileExistsError:
+        pass
+    return _together(folder) or error.exit_code
+
+
+def _shared_folder() -> Path | None:
+    """The folder that torchrun keeps for the processes that it started on this host, and removes behind them."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    folder = Path(file).parent.parent if file else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _together(folder: Path) -> int:
+    """Waits until the other processes are here too, or for PATIENCE_S; the exit code of the first, 0 if it is not written yet."""
+    (folder / f"surefoot-ended-{os.environ.get('LOCAL_RANK', '0')}").touch()
+    everyone, end = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), time.monotonic() + PATIENCE_S
+    while len(list(folder.glob("surefoot-ended-*"))) < everyone and time.monotonic() < end:
+        time.sleep(0.02)
+    return int((folder / "surefoot-exit-code").read_text() or 0)

@@ -51,10 +51,10 @@ def test_numbers_when_measured_then_are_the_windows_sum_and_norm() -> None:
     one = guard()
     for loss in (0.5, 0.25):
         one.collect({}, torch.tensor([0]), torch.tensor(loss), {})
-    assert read(one.measure(torch.tensor(2.0), torch.tensor(7))) == StepNumbers(0.75, 2.0, 7)
+    assert read(one.measure(torch.tensor(2.0), torch.tensor(7), stops=True)) == StepNumbers(0.75, 2.0, 7, stops=True)
     one.window[0] = one.window[0]._replace(loss=torch.tensor(INF))
     one.window[1] = one.window[1]._replace(loss=torch.tensor(-INF))
-    assert read(one.measure(2.0, None)).complaint() == "the loss is nan"
+    assert read(one.measure(2.0, None, stops=False)).complaint() == "the loss is nan"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import shutil
 import time
 from collections.abc import Callable
@@ -112,6 +113,7 @@ def disk_complaint(error: BaseException) -> str | None:
     return text.splitlines()[0] if is_wrapped else None
 
 
+@functools.cache  # torch cannot sort two of one priority
 def read_torch_files_anywhere() -> None:
     """transformers 5.17 loads the optimizer of several CPU processes onto "cpu:0", a place that torch cannot restore to."""
-    torch.serialization.register_package(5, lambda _: None, lambda stored, place: stored if place.startswith("cpu:") else None)
+    torch.serialization.register_package(7, lambda _: None, lambda stored, place: stored if place.startswith("cpu:") else None)

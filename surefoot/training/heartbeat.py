@@ -17,7 +17,7 @@ from typing import NamedTuple
 from surefoot.errors import BackendError
 
 FOLDER = "heartbeats"
-PHASES = ("start", "data", "forward", "backward", "update", "evaluation", "checkpoint", "end")  # in the order of a step
+PHASES = ("start", "data", "token count", "forward", "backward", "update", "evaluation", "checkpoint", "end")  # in the order of a step
 DONE = "done"
 
 

@@ -78,6 +78,10 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.heartbeat.beat("data", self.state.global_step + 1)
         return super().get_batch_samples(*args)
 
+    def _get_num_items_in_batch(self, *args: Any) -> Any:
+        self.heartbeat.beat("token count", self.state.global_step + 1)  # waits for the other ranks' data
+        return super()._get_num_items_in_batch(*args)
+
     def compute_loss(self, model: Any, *args: Any, **named: Any) -> Any:
         loss = super().compute_loss(model, *args, **named)
         if model.training:

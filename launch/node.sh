@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# node.sh FLAGS OF finetune.py: starts this node's processes. Every launcher ends here and only fills in
+#   NODES (1), NODE_RANK (0), GPUS of this node (1), MASTER_ADDR and MASTER_PORT of node 0 (29500), PROFILE (profiles/NAME.yaml),
+#   STOP_FILE: once it exists the run saves a checkpoint and ends with 75 (a file of its own), PYTHON (python).
+# A first TERM, INT or USR1 asks for that checkpoint, a second one ends the run at once. Ends with the exit code of finetune.py.
+set -euo pipefail
+
+fail() {
+  echo "node.sh: $1" >&2
+  exit 2
+}
+
+number() { # NAME VALUE LOWEST
+  [[ $2 =~ ^[0-9]+$ && $2 -ge $3 ]] || fail "$1=$2 must be a number from $3 on"
+}
+
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+nodes=${NODES:-1} rank=${NODE_RANK:-0} gpus=${GPUS:-1} port=${MASTER_PORT:-29500} python=${PYTHON:-python}
+number NODES "$nodes" 1
+number NODE_RANK "$rank" 0
+number GPUS "$gpus" 1
+number MASTER_PORT "$port" 1
+((rank < nodes)) || fail "NODE_RANK=$rank is not below NODES=$nodes"
+((nodes == 1)) || [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$nodes needs MASTER_ADDR, the address of node 0"
+profile=${PROFILE:-$( ((nodes * gpus == 1)) && echo single || echo ddp)}
+[ -f "$home/profiles/$profile.yaml" ] ||
+  fail "PROFILE=$profile is none of $(cd "$home/profiles" && printf '%s ' *.yaml | sed 's/\.yaml//g')"
+if [[ $profile != cpu* && $gpus -gt 1 ]]; then
+  have=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+  [ -z "${CUDA_VISIBLE_DEVICES:-}" ] || have=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+  ((gpus <= have)) || fail "GPUS=$gpus but this node has $have. Use GPUS=$((have > 0 ? have : 1)), or a cpu profile"
+fi
+
+notes=$(mktemp -d)
+trap 'rm -rf "$notes"' EXIT
+stop=${STOP_FILE:-$notes/stop}
+export EXIT_CODES=$notes/codes # launch/worker.py: torchrun ends with 1 whatever its workers ended with
+mkdir "$EXIT_CODES"
+command=("$python")
+if [ "$profile" != single ]; then
+  command+=(-m accelerate.commands.launch --config_file "$home/profiles/$profile.yaml" --num_processes $((nodes * gpus)))
+  command+=(--num_machines "$nodes" --machine_rank "$rank" --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "$port")
+fi
+command+=("$home/launch/worker.py" "$@" "--stop_file=$stop")
+
+signals=0
+trap 'signals=$((signals + 1)); touch "$stop"; ((signals < 2)) || kill -TERM "$launcher"' TERM INT USR1
+# USR1 sent to every process of a job step must not kill torchrun: it inherits the signal ignored, the workers set it for themselves
+(trap '' USR1 && exec "${command[@]}") &
+launcher=$!
+until
+  seen=$signals
+  wait "$launcher" && code=0 || code=$?
+  ((seen == signals)) # else a signal ended `wait` early
+do :; done
+
+# of the workers' codes 75 counts only where no worker has another
+((code == 0)) || for worker in "$EXIT_CODES"/*; do
+  read -r said 2>/dev/null <"$worker" || continue
+  ((said == 0)) || code=$said
+  ((said == 0 || said == 75)) || break
+done
+exit "$code"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # node.sh FLAGS OF finetune.py: starts this node's processes. Every launcher ends here and only fills in
 #   NODES (1), NODE_RANK (0), GPUS of this node (1), MASTER_ADDR and MASTER_PORT of node 0 (29500), PROFILE (profiles/NAME.yaml),
-#   STOP_FILE: once it exists the run saves a checkpoint and ends with 75 (a file of its own), PYTHON (python).
+#   SUREFOOT_STOP_FILE: once it exists the run saves a checkpoint and ends with 75 (a file of its own), PYTHON (python).
 # A first TERM, INT or USR1 asks for that checkpoint, a second one ends the run at once. Ends with the exit code of finetune.py.
 set -euo pipefail
 
@@ -33,18 +33,18 @@ fi
 
 notes=$(mktemp -d)
 trap 'rm -rf "$notes"' EXIT
-stop=${STOP_FILE:-$notes/stop}
-export EXIT_CODES=$notes/codes # launch/worker.py: torchrun ends with 1 whatever its workers ended with
+export SUREFOOT_STOP_FILE=${SUREFOOT_STOP_FILE:-$notes/stop}
+export EXIT_CODES=$notes/codes # for worker.py: torchrun ends with 1 whatever its workers ended with
 mkdir "$EXIT_CODES"
 command=("$python")
 if [ "$profile" != single ]; then
   command+=(-m accelerate.commands.launch --config_file "$home/profiles/$profile.yaml" --num_processes $((nodes * gpus)))
   command+=(--num_machines "$nodes" --machine_rank "$rank" --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "$port")
 fi
-command+=("$home/launch/worker.py" "$@" "--stop_file=$stop")
+command+=("$home/launch/worker.py" "$@")
 
 signals=0
-trap 'signals=$((signals + 1)); touch "$stop"; ((signals < 2)) || kill -TERM "$launcher"' TERM INT USR1
+trap 'signals=$((signals + 1)); touch "$SUREFOOT_STOP_FILE"; ((signals < 2)) || kill -TERM "$launcher"' TERM INT USR1
 # USR1 sent to every process of a job step must not kill torchrun: it inherits the signal ignored, the workers set it for themselves
 (trap '' USR1 && exec "${command[@]}") &
 launcher=$!

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from surefoot import cli
+from surefoot import cli, signals
 from surefoot.config import FLAGS, Config
-from surefoot.errors import SurefootError
+from surefoot.errors import Preempted, SurefootError
 from surefoot.run import run
 
 
@@ -32,6 +33,11 @@ def main() -> int:
         import fire
 
         fire.Fire(lambda **flags: train(**flags), command=cli.tidy(argv), serialize=lambda _: None)
+    except Preempted as stopped:  # alike on every rank
+        signals.ignore()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"finetune.py: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except SurefootError as error:
         print(f"finetune.py: {error}", file=sys.stderr)
         return error.exit_code

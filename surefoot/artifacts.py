@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surefoot.errors import BackendError, DataError, SurefootError
+from surefoot.checkpoint import write_json
+from surefoot.errors import BackendError, DataError, Preempted, SurefootError
 from surefoot.plan import Plan
 from surefoot.plan_text import as_record
 
 OURS = (
-    "run.json", "backend.json", "metrics.jsonl", "audit.json", "bad_steps", "bad_steps.jsonl",
+    "run.json", "backend.json", "metrics.jsonl", "audit.json", "bad_steps", "bad_steps.jsonl", "heartbeats",
     "adapter_config.json", "adapter_model.safetensors", "README.md", "config.json",
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
     "checkpoint-*", "runs",
@@ -38,7 +38,7 @@ class RunFolder:
         """Adds facts to run.json."""
         self.record.update(facts)
         if self.is_main:
-            _write_json(self.path / "run.json", self.record)
+            write_json(self.path / "run.json", self.record)
 
     def note_data(self, report: dict[str, Any]) -> None:
         """Adds the data report; a resumed run must meet the rows it began with.
@@ -68,15 +68,23 @@ def opened(plan: Plan) -> Iterator[RunFolder]:
     if folder.is_main:
         _begin(plan, folder)
     if folder.resumes:
-        folder.record = {**_read_json(path / "run.json"), **folder.record}
+        folder.record = _continued(_read_json(path / "run.json"), plan.output.resume_from)
     folder.note(status="running", **({} if folder.resumes else {"started": _now()}), plan=as_record(plan), code=code_state())
     try:
         yield folder
     except BaseException as error:
         reason = str(error) if isinstance(error, SurefootError) else f"{type(error).__name__}: {error}"
-        folder.note(status="failed", reason=reason, ended=_now())
+        code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", None)
+        folder.note(status="preempted" if code == Preempted.exit_code else "failed", reason=reason, ended=_now())
         raise
     folder.note(status="done", ended=_now())
+
+
+def _continued(record: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
+    """run.json of the run so far, without its end, and with a line on where it goes on."""
+    ended = {name: record.get(name) for name in ("status", "reason", "ended")}
+    kept = {name: value for name, value in record.items() if name not in ended}
+    return {**kept, "resumes": [*record.get("resumes", []), {"from": checkpoint, "at": _now(), "before": ended}]}
 
 
 def vacant(plan: Plan) -> Path | None:
@@ -92,7 +100,7 @@ def _begin(plan: Plan, folder: RunFolder) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     if plan.output.clears_earlier_run or not folder.resumes:
         _clear(folder.path)
-    _write_json(folder.path / "backend.json", plan.stamp() | {"versions": plan.machine.versions})
+    write_json(folder.path / "backend.json", plan.stamp() | {"versions": plan.machine.versions})
 
 
 def _clear(path: Path) -> None:
@@ -132,10 +140,3 @@ def _now() -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content if isinstance(content, dict) else {}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written beside and renamed, so that a reader never meets half a file."""
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -117,7 +117,11 @@ class Config:
     output_dir: str = _flag("./output", "run folder", "adapter, tokenizer, checkpoints and records go here")
     overwrite: bool = _flag(False, "run folder", "remove the earlier run in output_dir")
     resume: bool = _flag(False, "run folder", "continue from the newest checkpoint in output_dir, if there is one")
-    resume_from_checkpoint: bool | str | None = _flag(None, "run folder", "a checkpoint folder to continue from, or True")
+    resume_from_checkpoint: bool | str | None = _flag(None, "run folder", "a checkpoint folder to continue from; True or auto: as --resume")
+    grace_s: float = _flag(30.0, "run folder", "seconds a stop signal leaves before the kill; a slower checkpoint is reported", low=0.0)
+    hang_timeout_s: float = _flag(
+        1800.0, "run folder", "end the run (exit 5) with every process's stacks when one has not moved for so long; 0: never", low=0.0
+    )
     eval_strategy: str = _flag("steps", "run folder", "when to evaluate", choices=("no", "steps", "epoch"))
     eval_step: int = _flag(200, "run folder", "evaluate every so many steps", low=1)
     save_strategy: str = _flag("steps", "run folder", "when to save a checkpoint", choices=("no", "steps", "epoch"))
@@ -152,6 +156,17 @@ class Config:
     def source(self, name: str) -> str:
         """`flag`, `file PATH` or `default`."""
         return self.sources.get(name, "default")
+
+    @property
+    def resumes(self) -> bool:
+        return self.resume or bool(self.resume_from_checkpoint)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint named by the user, None where the newest whole one is meant."""
+        return (
+            self.resume_from_checkpoint if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint != "auto" else None
+        )
 
     @classmethod
     def parse(cls, flags: Mapping[str, Any], *, file_values: Mapping[str, Any] | None = None, extra: Iterable[str] = ()) -> Config:

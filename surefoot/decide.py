@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from surefoot.rules import attention, fast, memory, model, packing, process, training
+from surefoot.rules import attention, fast, memory, model, packing, process, resume, training
 from surefoot.rules.desk import Choice, Desk
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _decide(desk: Desk) -> Iterator[Choice]:
     yield training.optimizer(desk)
     yield from training.evaluation(desk)
     yield training.trackers(desk)
-    yield process.resume_from(desk)
+    yield resume.resume_from(desk)
     yield process.environment(desk)
     training.steps(desk)
     process.processes(desk)
@@ -68,4 +68,7 @@ def stamp(plan: Plan) -> dict[str, Any]:
             "target_modules": list(adapter.target_modules) if adapter.target_modules else None,
         },
         "world_size": plan.machine.world_size,
+        "batch_size": plan.train.batch_size,
+        "group_by_length": plan.train.group_by_length,
+        "seed": plan.train.seed,
     }

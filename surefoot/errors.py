@@ -5,7 +5,8 @@ SurefootError
 ├── PlanError       2   flags that cannot hold together, or not on this machine
 ├── DataError       3   the rows cannot be trained on
 ├── NumericsError   4   non-finite loss, an adapter that did not learn
-└── BackendError    5   the model, a library or a kernel refused
+├── BackendError    5   the model, a library or a kernel refused
+└── Preempted      75   asked to stop, after a good checkpoint: start the same command again
 
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
@@ -39,6 +40,10 @@ class NumericsError(SurefootError):
 
 class BackendError(SurefootError):
     exit_code = 5
+
+
+class Preempted(SurefootError):  # noqa: N818 - no error: the run did what it was asked
+    exit_code = 75
 
 
 def joined(problems: Sequence[str]) -> str:

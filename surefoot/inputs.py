@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surefoot import checkpoint
 from surefoot.config import Config
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
@@ -19,10 +20,16 @@ HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """What output_dir holds now. status is absent, empty, foreign, unfinished or finished."""
+    """What output_dir holds now. status is absent, empty, foreign, unfinished or finished.
+
+    checkpoints are oldest first; where a run is to be continued the last one is whole, and `skipped` says what is wrong with newer ones.
+    length is (max_steps, num_epochs) of a run's plan.
+    """
 
     status: str
     checkpoints: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    length: tuple[int, float] | None = None
     stamp: dict[str, Any] | None = None
     clash: str | None = None
     is_writable: bool = True
@@ -51,14 +58,12 @@ def inspect(config: Config) -> Inputs:
         for path in getattr(config, name) or ():
             _check_data(name, path, problems)
     _check_prompt(config.prompt_style, problems)
-    folder = _run_folder(Path(config.output_dir), problems)
+    folder = _run_folder(Path(config.output_dir), problems, looks_for_whole=config.resumes and config.checkpoint is None)
     stamp = folder.stamp
-    if folder.checkpoints and (config.resume or config.resume_from_checkpoint is True):
-        _check_checkpoint("resume", Path(folder.checkpoints[-1]), problems)
-    if isinstance(config.resume_from_checkpoint, str):
-        checkpoint = Path(config.resume_from_checkpoint)
-        _check_checkpoint("resume_from_checkpoint", checkpoint, problems)
-        content = _json(checkpoint.parent / "backend.json")
+    if config.checkpoint is not None:
+        named = Path(config.checkpoint)
+        _check_checkpoint("resume_from_checkpoint", named, problems)
+        content = _json(named.parent / "backend.json")
         stamp = content if isinstance(content, dict) else None
     return Inputs(
         model_path=model_path,
@@ -148,7 +153,12 @@ def _check_prompt(style: str, problems: list[str]) -> None:
 
 
 def _check_checkpoint(flag: str, folder: Path, problems: list[str]) -> None:
-    """Its state, weights and torch files must be whole; the files of a run that was killed while it saved are not."""
+    """Its files must fit its manifest; without one (another program's), its state, weights and torch files must be whole."""
+    if (folder / checkpoint.MANIFEST).is_file():
+        reason = checkpoint.complaint(folder)
+        if reason is not None:
+            problems.append(f"--{flag}={folder}: {reason}. Take an earlier checkpoint, or put its files back")
+        return
     state = _json(folder / "trainer_state.json")
     if state is None:
         problems.append(f"--{flag}={folder} is not a checkpoint: it has no trainer_state.json")
@@ -196,7 +206,7 @@ def _weights_dtypes(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _run_folder(folder: Path, problems: list[str]) -> RunFolder:
+def _run_folder(folder: Path, problems: list[str], *, looks_for_whole: bool) -> RunFolder:
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not parent.is_dir():
         problems.append(f"--output_dir={folder}: {parent} is a file")
@@ -205,7 +215,6 @@ def _run_folder(folder: Path, problems: list[str]) -> RunFolder:
         problems.append(f"--output_dir={folder} cannot be written: no permission in {parent}")
     if not folder.is_dir():
         return RunFolder(status="absent")
-    checkpoints = sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
     record, stamp = _json(folder / "run.json"), _json(folder / "backend.json")
     for name, content in (("run.json", record), ("backend.json", stamp)):
         if content is not None and not isinstance(content, dict):
@@ -214,11 +223,25 @@ def _run_folder(folder: Path, problems: list[str]) -> RunFolder:
         status = "finished" if record.get("status") == "done" else "unfinished"
     else:
         status = "foreign" if any(folder.iterdir()) else "empty"
+    found = checkpoint.Found(tuple(checkpoint.folders(folder)), ())
+    if looks_for_whole and status == "unfinished":
+        found = checkpoint.newest_whole(folder)
     ours = ("adapter_model.safetensors", "adapter_config.json", "config.json", "model.safetensors", "checkpoint-*")
     clash = next((hit.name for name in ours for hit in folder.glob(name)), None)
     return RunFolder(
         status=status,
-        checkpoints=tuple(str(checkpoint) for checkpoint in checkpoints),
+        checkpoints=tuple(map(str, found.checkpoints)),
+        skipped=found.skipped,
+        length=_length(record),
         stamp=stamp if isinstance(stamp, dict) else None,
         clash=clash,
     )
+
+
+def _length(record: Any) -> tuple[int, float] | None:
+    """(max_steps, num_epochs) of the plan in run.json."""
+    try:
+        train = record["plan"]["train"]
+        return int(train["max_steps"]), float(train["num_epochs"])
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -25,7 +25,10 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What this process can see. `engine` is single, ddp, deepspeed or fsdp, as the launcher's environment names it."""
+    """What this process can see. `engine` is single, ddp, deepspeed or fsdp, as the launcher's environment names it.
+
+    stop_file is where a launcher leaves word that the run is to stop (SUREFOOT_STOP_FILE).
+    """
 
     hostname: str
     python: str
@@ -44,6 +47,7 @@ class Machine:
     cache_dir: str = ""
     cpu_name: str = ""
     driver: str | None = None
+    stop_file: str | None = None
 
     @property
     def is_main(self) -> bool:
@@ -80,6 +84,7 @@ def probe() -> Machine:
         cache_dir=str(_cache_dir()),
         cpu_name=_cpu_name(),
         driver=_driver(),
+        stop_file=env.get("SUREFOOT_STOP_FILE") or None,
     )
 
 

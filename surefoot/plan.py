@@ -12,7 +12,7 @@ from surefoot.errors import BackendError, PlanError, joined
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
 from surefoot.memory import Estimate
-from surefoot.rules import attention
+from surefoot.rules import attention, resume
 from surefoot.rules.desk import Choice, Desk
 from surefoot.verdicts import Shape, Verdicts
 
@@ -103,6 +103,8 @@ class TrainPlan:
     logging_steps: int
     report_to: tuple[str, ...]
     run_name: str | None
+    grace_s: float
+    hang_timeout_s: float
     seed: int
 
 
@@ -122,6 +124,7 @@ class OutputPlan:
     folder: str
     clears_earlier_run: bool
     resume_from: str | None
+    is_finished: bool  # the same command has run to its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +201,12 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdic
         ),
         train=_pick(TrainPlan, config, **values),
         process=_pick(ProcessPlan, config, gpu=machine.local_rank if machine.gpus else None, **values),
-        output=OutputPlan(folder=config.output_dir, clears_earlier_run=config.overwrite, resume_from=values["resume_from"]),
+        output=OutputPlan(
+            folder=config.output_dir,
+            clears_earlier_run=config.overwrite,
+            resume_from=values["resume_from"],
+            is_finished=resume.is_finished(desk),
+        ),
         machine=machine,
         attention=verdicts,
         memory=desk.estimate,

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surefoot import inputs, machine, plan_text, runtime, verdicts
+from surefoot import inputs, machine, plan_text, runtime, signals, verdicts
 from surefoot.config import Config
 from surefoot.plan import Plan, attention_to_check, make_plan
 
@@ -20,6 +20,11 @@ def run(config: Config) -> Path:
     if config.debug:
         runtime.debug_switches()
     here = machine.probe()
+    with signals.heeded(here.stop_file, watches_launcher=here.world_size > 1) as request:
+        return _run(config, here, request)
+
+
+def _run(config: Config, here: machine.Machine, request: signals.StopRequest) -> Path:
     found = inputs.inspect(config)
     if here.gpus and not config.dry_run:
         found = inputs.with_hub_config(found, config.revision)
@@ -28,12 +33,14 @@ def run(config: Config) -> Path:
     checked = None if shape is None else verdicts.known(here, shape) if config.dry_run else verdicts.ask(here, shape, say=say)
     plan = make_plan(config, here, found, checked)
     say(plan_text.as_json(plan) if config.plan_json else plan_text.table(plan, all_rows=config.dry_run))
-    if not config.dry_run:
-        carry_out(plan, say=say)
+    if plan.output.is_finished:
+        say(f"the run in {plan.output.folder} is finished: nothing is left to do")
+    elif not config.dry_run:
+        carry_out(plan, request, say=say)
     return Path(plan.output.folder)
 
 
-def carry_out(plan: Plan, *, say: Any) -> None:
+def carry_out(plan: Plan, request: signals.StopRequest, *, say: Any) -> None:
     """Everything that needs torch, in order. The run folder is touched only once rows and model are good."""
     from surefoot import adapters, artifacts, tokens, weights
     from surefoot.backends import hf
@@ -78,7 +85,7 @@ def carry_out(plan: Plan, *, say: Any) -> None:
         folder.note_data(data.report.as_record())
         if folder.is_main:
             audit.write_audit(data.audit, folder.path)
-        summary = trainer.train(plan, model, tokenizer, data, collator)
+        summary = trainer.train(plan, model, tokenizer, data, collator, request)
         folder.check_saved()
         folder.note(summary=summary)
     say(trainer.summary_line(summary, plan.output.folder))

@@ -57,7 +57,9 @@ def test_numbers_when_measured_then_are_the_windows_sum_and_norm() -> None:
     assert read(one.measure(2.0, None)).complaint() == "the loss is nan"
 
 
-@pytest.mark.parametrize("numbers", [(1.0, 2.0, 3.0), (1.0, 2.0, -1.0), (NAN, 2.0, 3.0), (1.0, INF, 3.0), (1.0, 2.0, 0.0)])
+@pytest.mark.parametrize(
+    "numbers", [(1.0, 2.0, 3.0, 0.0), (1.0, 2.0, -1.0, 0.5), (NAN, 2.0, 3.0, 0.0), (1.0, INF, 3.0, 0.0), (1.0, 2.0, 0.0, 0.0)]
+)
 def test_step_when_judged_on_the_device_then_as_on_the_host(numbers: tuple[float, ...]) -> None:
     measured = torch.tensor(numbers, dtype=torch.float64)
     assert bool(is_bad(measured)) is (read(measured).complaint() is not None)

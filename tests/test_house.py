@@ -22,6 +22,8 @@ LEVELS = {
         "surefoot.verdicts",
         "surefoot.decoder",
         "surefoot.activations",
+        "surefoot.checkpoint",
+        "surefoot.signals",
         "surefoot.memory",
     ],
     2: ["surefoot.decide", "surefoot.plan", "surefoot.plan_text"],

@@ -59,7 +59,7 @@ def _schedule(t: TrainPlan, evaluates: bool) -> dict[str, Any]:
         "eval_steps": t.eval_step,
         "save_strategy": t.save_strategy,
         "save_steps": t.save_step,
-        "save_total_limit": t.save_total_limit,
+        "save_total_limit": None,  # Saver keeps them: transformers deletes before it knows that the new one is whole
         "load_best_model_at_end": takes_best,
         "metric_for_best_model": "eval_loss" if takes_best else None,
         "greater_is_better": False if takes_best else None,

@@ -26,11 +26,15 @@ class MicroBatch(NamedTuple):
 
 
 class StepNumbers(NamedTuple):
-    """Of one optimizer step over all ranks: mean loss, gradient norm before clipping, trained tokens (None where nobody counts them)."""
+    """Of one optimizer step over all ranks: mean loss, gradient norm before clipping, trained tokens (None where nobody counts them).
+
+    stops: some rank was asked to stop.
+    """
 
     loss: float
     grad_norm: float
     tokens: int | None
+    stops: bool = False
 
     def complaint(self, *, may_overflow: bool = False) -> str | None:
         """What is wrong with them, None when the optimizer may use them.
@@ -65,23 +69,24 @@ class Guard:
     def collect(self, inputs: dict[str, Any], rows: torch.Tensor, loss: torch.Tensor, random: dict[str, torch.Tensor]) -> None:
         self.window.append(MicroBatch(inputs, rows, loss, random))
 
-    def measure(self, grad_norm: Any, tokens: torch.Tensor | None) -> torch.Tensor:
-        """The step's mean loss, gradient norm and trained tokens (-1: not counted) as float64 [3], the same on every rank, on the device.
+    def measure(self, grad_norm: Any, tokens: torch.Tensor | None, *, stops: bool) -> torch.Tensor:
+        """The step's mean loss, gradient norm, trained tokens (-1: not counted), share of ranks asked to stop: float64 [4], on the device.
 
-        One all-reduce of two numbers: a NaN or an infinity of any rank survives the sum. Nothing here makes the host wait.
+        The same on every rank, after one all-reduce: a NaN or an infinity of any rank survives the sum. Nothing here makes the host wait.
 
         Args:
             grad_norm: of this rank, a scalar tensor or a number.
             tokens: of all ranks, an integer scalar.
+            stops: this rank is asked to stop.
         """
         device = self.window[-1].loss.device
         loss = torch.stack([batch.loss.double() for batch in self.window]).sum()
-        numbers = torch.stack([loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=device)])
+        numbers = torch.stack([loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=device), loss.new_tensor(float(stops))])
         if self.processes > 1:
             torch.distributed.all_reduce(numbers)
             numbers /= self.processes
         count = torch.as_tensor(-1 if tokens is None else tokens, dtype=torch.float64, device=device)
-        return torch.cat([numbers, count.reshape(1)])
+        return torch.cat([numbers[:2], count.reshape(1), numbers[2:]])
 
     def accept(self, numbers: StepNumbers) -> None:
         self.in_a_row = 0
@@ -112,6 +117,15 @@ class Guard:
         mean = statistics.fmean(self.unlogged) if self.unlogged else float("nan")
         self.unlogged.clear()
         return mean
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        kept = ("in_a_row", "bad_steps", "spikes", "unlogged", "total", "good_steps")
+        return {name: getattr(self, name) for name in kept} | {"recent": list(self.recent)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, deque(value, maxlen=SPIKE_WINDOW) if name == "recent" else value)
 
     @property
     def mean_loss(self) -> float:
@@ -151,8 +165,8 @@ def send(step: int, measured: torch.Tensor, window: list[MicroBatch]) -> Pending
 
 def read(measured: torch.Tensor) -> StepNumbers:
     """measure()'s numbers on the host, which waits for the device."""
-    loss, norm, tokens = measured.tolist()
-    return StepNumbers(loss, norm, int(tokens) if tokens >= 0 else None)
+    loss, norm, tokens, stops = measured.tolist()
+    return StepNumbers(loss, norm, int(tokens) if tokens >= 0 else None, stops > 0)
 
 
 def random_state() -> dict[str, torch.Tensor]:

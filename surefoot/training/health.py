@@ -114,14 +114,27 @@ class Health(TrainerCallback):  # type: ignore[misc]
         self.begin = 0
         self.due = FIRST_CHECK
         self.rates = 0.0
+        self.judges_short_runs = True
+
+    def remember(self, model: Any) -> None:
+        """Takes the tensors as they start, before a checkpoint is loaded: a run is judged whole, however often it was resumed."""
+        self.movement = Movement(model)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"findings": self.findings, "due": self.due, "rates": self.rates}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.findings, self.due, self.rates = state["findings"], state["due"], state["rates"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
         """On the model as the engine made it: DeepSpeed and FSDP may cast or replace tensors while they prepare it."""
         check_masters(model)
         if self.checks_optimizer:
             check_optimizer(model, optimizer)
-        self.movement = Movement(model)
-        self.begin = state.global_step
+        if self.movement is None:  # an engine has replaced the tensors: what moved can be told from here on only
+            self.movement = Movement(model)
+            self.begin, self.judges_short_runs = state.global_step, state.global_step == 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         is_last = state.global_step + 1 == state.max_steps
@@ -151,7 +164,8 @@ class Health(TrainerCallback):  # type: ignore[misc]
             return []
         still = self.movement.still(model)
         is_first_of_lora = steps - self.begin == 1 and set(still.frozen_kinds) == {"A"}  # B is zero until then, so A has no gradient
-        if not is_first_of_lora:
+        is_tail = not self.judges_short_runs and steps - self.begin < FIRST_CHECK  # a resumed schedule's last steps may be tiny
+        if not is_first_of_lora and not is_tail:
             _refuse_frozen(still, f"in {steps - self.begin} steps")
         return list(still.names)
 

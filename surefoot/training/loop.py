@@ -8,26 +8,24 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import Trainer
 
 from surefoot.errors import NumericsError
 from surefoot.training import bad_steps, guard
 from surefoot.training.bad_steps import Culprit, Report
 from surefoot.training.guard import Guard, MicroBatch, Pending, StepNumbers
 from surefoot.training.health import is_decayed
-from surefoot.training.metrics import Ledger
+from surefoot.training.resumable import ResumableTrainer
 
 UNPLACED = 8  # micro-batches kept per rank where none of them turns out bad when it is run again
 
 
-class SurefootTrainer(Trainer):  # type: ignore[misc]
-    """Set `ledger`, `guard`, `engine` (single, ddp, deepspeed, fsdp) and `loss_spike` (warn, stop, off) before train().
+class SurefootTrainer(ResumableTrainer):
+    """Set what its base asks for, `guard`, `engine` (single, ddp, deepspeed, fsdp) and `loss_spike` (warn, stop, off) before train().
 
     A step whose loss or gradient norm is not finite, or that trains no token, leaves the weights as they are and is kept in
     bad_steps/. `stop_reason` says why the loop was ended before its time.
     """
 
-    ledger: Ledger
     guard: Guard
     engine: str
     loss_spike: str
@@ -38,16 +36,13 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.ledger.meter.count(inputs.pop("lengths"), inputs["input_ids"].shape)
         rows, random = inputs.pop("rows"), guard.random_state()
+        self.heartbeat.beat("forward", self.state.global_step + 1)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._tokens = num_items_in_batch
         scale = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         inputs.pop("positions", None)  # follow from the labels
         self.guard.collect({**inputs, **scale}, rows, loss, random)
         return loss
-
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        del inputs["lengths"], inputs["rows"]
-        return super().prediction_step(model, inputs, *rest, **named)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         return [name for name, _ in model.named_parameters() if is_decayed(name)]
@@ -64,8 +59,9 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
         A fused AdamW skips a bad step on the device, so that the host need not wait for the numbers: it reads them one step later, when
         the weights are still those that met the bad step.
         """
+        self.heartbeat.beat("update", self.state.global_step + 1)
         norm = super()._get_grad_norm(model, grad_norm)
-        measured = self.guard.measure(norm, self._tokens)
+        measured = self.guard.measure(norm, self._tokens, stops=self.request.is_asked())
         step, window, self.guard.window = self.state.global_step + 1, self.guard.window, []
         fused = self._fused_optimizer()
         if fused is None:
@@ -96,6 +92,7 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
             self._judge(pending.step, pending.read(), pending.window)
 
     def _judge(self, step: int, numbers: StepNumbers, window: list[MicroBatch]) -> None:
+        self._stops |= numbers.stops
         complaint = numbers.complaint(may_overflow=self._scaler_copes(numbers))
         if complaint is not None:
             self._skip(step, complaint, numbers, window)
@@ -167,20 +164,13 @@ class SurefootTrainer(Trainer):  # type: ignore[misc]
             self.settle()
             logs["loss"] = self.guard.take_mean_loss()
             logs |= self.ledger.meter.take(self.state.max_steps - self.state.global_step)
+        if "train_loss" in logs:
+            logs["train_loss"] = self.guard.mean_loss  # transformers' own forgets the steps before a resume
         super().log(logs, start_time)
-
-    def evaluate(self, *args: Any, **named: Any) -> dict[str, float]:
-        self.ledger.meter.pause()
-        try:
-            return dict(super().evaluate(*args, **named))
-        finally:
-            self.ledger.meter.start()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.settle()
-        self.ledger.meter.pause()
         super()._save_checkpoint(model, trial)
-        self.ledger.meter.start()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -63,6 +64,7 @@ class Meter:
         self.seconds = 0.0
         self.steps = 0
         self.widest = (0, 0)
+        self._earlier_seconds, self._began = 0.0, time.perf_counter()
         self._resumed_at: float | None = None
 
     def start(self) -> None:
@@ -81,6 +83,19 @@ class Meter:
     @property
     def total_tokens(self) -> int:
         return self._earlier_tokens + int(self._tokens)
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of the run, that of the parts before a resume up to their checkpoint included."""
+        return self._earlier_seconds + time.perf_counter() - self._began
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"tokens": self.total_tokens, "seconds": self.total_seconds, "widest": self.widest}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._earlier_tokens, self._earlier_seconds = state["tokens"], state["seconds"]
+        self.widest = (state["widest"][0], state["widest"][1])
 
     def take(self, steps_left: int) -> dict[str, float]:
         """The figures since the last call; tokens_per_s is over all processes (taken as equally busy), mfu a fraction of one GPU's peak."""
@@ -106,11 +121,29 @@ class Ledger(TrainerCallback):  # type: ignore[misc]
     def __init__(self, path: Path, meter: Meter, *, resumes: bool) -> None:
         self.path, self.meter = path, meter
         self.mode = "a" if resumes else "w"
+        self.kept: dict[str, int] = {}
         self.bar: Any = None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files that grow, which are on the disk when this returns: a resumed run cuts off what came after its checkpoint."""
+        found = {}
+        for path in (self.path, self.path.with_name("bad_steps.jsonl")):
+            if path.exists():
+                with path.open("a") as file:
+                    os.fsync(file.fileno())
+                    found[path.name] = file.tell()
+        return found
+
+    def _cut_back(self) -> None:
+        for name, size in self.kept.items():
+            path = self.path.with_name(name)
+            if path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.path.open(self.mode).close()
+            self._cut_back()
             if sys.stderr.isatty():
                 from tqdm import tqdm
 

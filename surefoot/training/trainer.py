@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from surefoot.errors import BackendError, NumericsError
 from surefoot.plan import Plan
+from surefoot.signals import StopRequest
 from surefoot.training import leak, saved
 from surefoot.training.arguments import training_arguments
+from surefoot.training.checkpoints import Saver, disk_complaint, read_torch_files_anywhere
 from surefoot.training.guard import Guard
 from surefoot.training.health import Health
+from surefoot.training.heartbeat import Heartbeat
 from surefoot.training.loop import SurefootTrainer
 from surefoot.training.metrics import Ledger, Meter, duration, peak_memory_gib
+from surefoot.training.order import Order
 from surefoot.training.recompute import recompute
+from surefoot.training.schedule import Schedule
 
 
-def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> dict[str, Any]:
+def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any, request: StopRequest) -> dict[str, Any]:
     """Trains `model` in place and saves it, with the tokenizer, at the root of the run folder.
 
     Returns:
@@ -28,18 +33,31 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
 
     Raises:
         NumericsError: too many steps in a row were not finite, the loss rose and was to stop the run, or nothing was learned.
-        BackendError: a trainable tensor is not fp32 or not in the optimizer, the GPU's memory ran out, or the saved files are wrong.
+        BackendError: a trainable tensor is not fp32 or not in the optimizer, the GPU's memory ran out, the disk is full, or the saved
+            files are wrong.
+        Preempted: `request` was made on some rank, and a checkpoint of the last step is there.
     """
     recompute(model, plan.model.recompute_layers)
+    request.leave_if_asked()
     trainer = _trainer(plan, model, tokenizer, data, collator)
-    health = Health(checks_optimizer=plan.machine.engine in ("single", "ddp"))
-    trainer.add_callback(health)
+    trainer.request = request
+    with trainer.heartbeat:
+        return _train(plan, trainer, model, data)
+
+
+def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[str, Any]:
+    if plan.output.resume_from is not None:
+        trainer.restore(Path(plan.output.resume_from))
+        read_torch_files_anywhere()
+    health = trainer.parts["health"]
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
-    began = time.perf_counter()
     try:
         result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
     except torch.OutOfMemoryError as error:
         raise BackendError(_out_of_memory(plan)) from error
+    except OSError as error:
+        raise _of_the_disk(error, plan.output.folder) from error
+    trainer.heartbeat.beat("end", result.global_step)
     trainer.settle()
     if trainer.stop_reason is not None:
         raise NumericsError(trainer.stop_reason)
@@ -48,7 +66,8 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         "steps": result.global_step,
         "train_loss": guard.mean_loss,
         "tokens": meter.total_tokens * plan.machine.world_size,
-        "seconds": round(time.perf_counter() - began, 3),
+        "seconds": round(meter.total_seconds, 3),
+        "save_seconds": round(trainer.saver.last_s, 3),
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "memory": _memory(plan, meter),
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
@@ -61,7 +80,10 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
     }
     if data.eval is not None and plan.train.eval_strategy != "no":
         summary["eval_loss"] = _final_eval_loss(trainer)
-    trainer.save_model(plan.output.folder)
+    try:
+        trainer.save_model(plan.output.folder)
+    except (OSError, SafetensorError) as error:
+        raise _of_the_disk(error, plan.output.folder) from error
     if plan.machine.is_main and plan.machine.engine in ("single", "ddp"):
         summary["saved"] = saved.check(model, Path(plan.output.folder), data.train[0]["input_ids"])
     return summary
@@ -78,13 +100,36 @@ def _trainer(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
+    trainer.remove_callback(transformers.trainer_callback.DefaultFlowCallback)
+    trainer.add_callback(Schedule())
     gpu, processes = plan.machine.gpu, plan.machine.world_size
     meter = Meter(model, gpu.name if gpu else None, processes)
     trainer.ledger = Ledger(Path(plan.output.folder) / "metrics.jsonl", meter, resumes=plan.output.resume_from is not None)
     trainer.add_callback(trainer.ledger)
     trainer.guard = Guard(max_bad_steps=plan.train.max_bad_steps, processes=processes)
     trainer.engine, trainer.loss_spike = plan.machine.engine, plan.train.loss_spike
+    health = Health(checks_optimizer=plan.machine.engine in ("single", "ddp"))
+    if health.checks_optimizer:
+        health.remember(model)
+    trainer.add_callback(health)
+    trainer.parts = {"guard": trainer.guard, "meter": meter, "health": health}
+    folder, rank = Path(plan.output.folder), plan.machine.rank
+    trainer.saver = Saver(folder, plan.train.save_total_limit, rank, processes)
+    trainer.saver.clean()
+    trainer.heartbeat = Heartbeat(run_folder=folder, rank=rank, processes=processes, timeout_s=plan.train.hang_timeout_s)
+    lengths = trainer.train_dataset.lengths if plan.train.group_by_length else None
+    trainer.order = Order(len(trainer.train_dataset), plan.train.seed, lengths, plan.train.batch_size)
     return trainer
+
+
+def _of_the_disk(error: Exception, folder: str) -> Exception:
+    """The error for the user where the disk is at fault, else the error itself."""
+    reason = disk_complaint(error)
+    if reason is None:
+        return error
+    return BackendError(
+        f"--output_dir={folder} cannot be written: {reason}. Free space or rights there, then give the same command with --resume"
+    )
 
 
 def _leak(trainer: SurefootTrainer, model: Any, ids: Any) -> float | None:

@@ -1,0 +1,76 @@
+"""python -m surefoot.launcher WORDS OF ACCELERATE LAUNCH: the same, with the run's own exit code, and signals that reach the run.
+
+accelerate launch (1.15) answers whatever a run's processes say with exit code 1, lets SIGUSR1 kill it and leave them behind, and gives
+them 30 s after SIGTERM. Here the first SIGTERM, SIGINT or SIGUSR1 becomes a stop file that the processes look for in each step, and a
+second one kills them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+
+from surefoot.errors import Preempted
+from surefoot.signals import ECHO_S, STOPS
+
+VARIABLE = "SUREFOOT_STOP_FILE"
+
+
+def main(words: list[str]) -> int:
+    """The exit code of the run: 75 where a process was preempted, else the first failed process's own, 128 + N where signal N ended it."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    asked = _pass_on_signals()
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torchrun's own handlers would replace those made here
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except ChildFailedError as error:
+        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        return exit_code((failure.exitcode for failure in failures), was_asked=bool(asked))
+    except subprocess.CalledProcessError as error:
+        return exit_code([error.returncode], was_asked=bool(asked))
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def exit_code(codes: Iterable[int], *, was_asked: bool) -> int:
+    """Of a run whose processes failed with these codes, the first to fail first; was_asked: a stop signal was passed on to them."""
+    found = list(codes)
+    if Preempted.exit_code in found or (was_asked and found[0] < 0):
+        return Preempted.exit_code
+    return found[0] if found[0] > 0 else 128 - found[0]
+
+
+def _pass_on_signals() -> list[float]:
+    """Returns the times of the signals to come."""
+    given = os.environ.get(VARIABLE)
+    file = Path(given) if given else Path(tempfile.mkdtemp(prefix="surefoot-stop-")) / "stop"
+    os.environ[VARIABLE] = str(file)
+    if file.exists() and file.stat().st_mtime < time.time() - 1:  # of an earlier start
+        file.unlink()
+    asked: list[float] = []
+
+    def pass_on(_number: int, _frame: FrameType | None) -> None:
+        asked.append(time.monotonic())
+        file.touch()
+        if asked[-1] - asked[0] > ECHO_S:
+            for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)  # checkpoints are whole or not there
+
+    for number in STOPS:
+        signal.signal(number, pass_on)
+    return asked
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

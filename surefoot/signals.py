@@ -1,0 +1,92 @@
+"""Asked to stop: SIGTERM, SIGINT, SIGUSR1, a stop file, or a launcher that is gone. A run notices; it acts at the end of its step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from surefoot.errors import Preempted
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ECHO_S = 2.0  # a terminal and a launcher each pass on one Ctrl-C: what comes so soon is the same request
+
+
+@dataclass(kw_only=True)
+class StopRequest:
+    """`asked` says by whom a stop was asked for. Until `begin()` nothing can be lost, and a signal ends the process at once."""
+
+    stop_file: Path | None = None
+    watches_launcher: bool = False
+    asked: str | None = None
+    since: float = 0.0
+    parent: int = field(default_factory=os.getppid)
+    has_begun: bool = False
+
+    def begin(self) -> None:
+        """The first step of this process is done: from here on a stop waits for the end of a step."""
+        self.has_begun = True
+
+    def is_asked(self) -> bool:
+        if self.asked is None and self.stop_file is not None and self.stop_file.exists():
+            self._note(f"the stop file {self.stop_file}")
+        if self.asked is None and self.watches_launcher and os.getppid() != self.parent:
+            self._note("the end of its launcher")
+        return self.asked is not None
+
+    def leave_if_asked(self) -> None:
+        """For places where nothing can be lost yet, and a stop file may have been laid."""
+        if self.is_asked():
+            self._leave(str(self.asked))
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not self.has_begun:
+            self._leave(name)
+        if self.asked is None:
+            self._note(name)
+            _write(f"{name}: a checkpoint follows at the end of this step; a second signal stops at once")
+        elif time.monotonic() - self.since > ECHO_S:
+            _write(f"{name} after {self.asked}: stopped at once; the last checkpoint is as it was")
+            os._exit(Preempted.exit_code)
+
+    def _leave(self, who: str) -> None:
+        _write(f"{who} before this process has finished a step: nothing is lost, the same command with --resume goes on")
+        ignore()
+        raise SystemExit(Preempted.exit_code)
+
+    def _note(self, who: str) -> None:
+        self.asked, self.since = who, time.monotonic()
+
+
+def _write(text: str) -> None:
+    os.write(sys.stderr.fileno() if sys.stderr is sys.__stderr__ else 2, f"finetune.py: process {os.getpid()}: {text}\n".encode())
+
+
+def ignore() -> None:
+    """The exit code is settled; the launcher's SIGTERM to the ranks that are still leaving must not change it."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def heeded(stop_file: str | None, *, watches_launcher: bool) -> Iterator[StopRequest]:
+    """Signals go to the request while the context lasts. Only a main thread can take them; elsewhere the stop file alone is heeded."""
+    request = StopRequest(stop_file=Path(stop_file) if stop_file else None, watches_launcher=watches_launcher)
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.on_signal) for number in STOPS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) == request.on_signal:
+                signal.signal(number, handler)

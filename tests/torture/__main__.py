@@ -1,0 +1,182 @@
+"""python -m tests.torture --kills N --seed S: runs are killed at random places, started again with the same command, and compared.
+
+torch is imported once and every process is forked from there, so that a kill costs seconds. Exits 1 when a run is not bitwise the undisturbed
+one, when a polite signal does not end every rank with 75, or when a run does not come to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.torture.blow import PLACES, Blow, name_of, run
+from tests.torture.cells import CELLS, COMMON, Cell
+from tests.torture.compare import differences, reached, resumed_at
+
+POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+BLOWS_A_RUN = 5
+LIMIT_S = 120
+PRELOADED = (
+    "finetune",
+    "surefoot.backends.hf",
+    "surefoot.training.trainer",
+    "surefoot.data.prepare",
+    "deepspeed",
+    "bitsandbytes",
+    "datasets",
+)
+
+
+class Tally(NamedTuple):
+    kills: int
+    resumes: int
+    lost_steps: int
+    problems: list[str]
+
+
+def attempt(cell: Cell, argv: list[str], blow: Blow | None, folder: Path) -> list[int]:
+    """Starts the cell's processes, waits for them as a launcher does (one gone, all go), and returns their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [_fork(cell, argv, rank, blow, folder, port) for rank in range(cell.processes)]
+    codes: dict[int, int] = {}
+    deadline, told = time.monotonic() + LIMIT_S, False
+    while len(codes) < len(children):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() > deadline:
+            [os.kill(child, signal.SIGKILL) for child in children if child not in codes]
+        elif codes and any(codes.values()) and not told:
+            told, deadline = True, min(deadline, time.monotonic() + 20)
+            [os.kill(child, signal.SIGTERM) for child in children if child not in codes]
+        else:
+            time.sleep(0.01)
+    return [codes[child] for child in children]
+
+
+def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Path, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        sink = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        if cell.processes > 1:
+            os.environ |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cell.processes), "LOCAL_WORLD_SIZE": str(cell.processes),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+            }  # fmt: skip
+        code = run(argv, rank, blow, folder / f"rows-of-rank-{rank}.jsonl")
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def draw(rng: random.Random, cell: Cell) -> Blow:
+    place = rng.choice(PLACES)
+    turns = {"step": 40 // cell.processes, "evaluation": 8, "prune": 3, "write": 3, "last_save": 6, "sync": 3, "manifest": 6, "rename": 40}[
+        place
+    ]
+    number = rng.choice((signal.SIGKILL, signal.SIGKILL, *POLITE))
+    ranks = tuple(range(cell.processes)) if rng.random() < 0.5 else (rng.randrange(cell.processes),)
+    return Blow(place, rng.randint(1, turns), number, ranks)
+
+
+def torture(cell: Cell, blows: list[Blow], home: Path, rows: Path) -> Tally:
+    """Runs the cell undisturbed once, then with the blows, and compares."""
+    folders = home / cell.name / "calm", home / cell.name / f"tortured-{len(list(home.glob(cell.name + '/*')))}"
+    kills = resumes = lost = 0
+    problems: list[str] = []
+    for folder, struck in zip(folders, ([], blows), strict=True):
+        if (folder / "run").exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = {**COMMON, **cell.flags, "data_path": rows, "output_dir": folder / "run"}
+        argv = [f"--{name}={value}" for name, value in flags.items()]
+        queue = list(struck)
+        for _ in range(len(struck) + 1):
+            blow = queue.pop(0) if queue else None
+            codes = attempt(cell, argv, blow, folder)
+            if not any(codes):
+                break  # the blow's turn never came, or the end was reached before it
+            kills += 1
+            problems += _wrong_codes(cell, blow, codes)
+            lost += max(0, reached(folder) - resumed_at(folder / "run"))
+            resumes += 1
+        else:
+            problems.append(f"{cell.name}: no end after {len(struck) + 1} starts")
+    problems += [f"{cell.name} after {[_told(blow) for blow in blows]}: {text}" for text in differences(*folders)]
+    return Tally(kills, resumes, lost, problems)
+
+
+def _wrong_codes(cell: Cell, blow: Blow | None, codes: list[int]) -> list[str]:
+    if blow is not None and blow.number == signal.SIGKILL:
+        return []
+    return [] if set(codes) == {75} else [f"{cell.name}: {_told(blow) if blow else 'no blow'} ended the ranks with {codes}"]
+
+
+def _told(blow: Blow) -> str:
+    return f"{name_of(blow.number)} at {blow.place} {blow.turn} of rank {','.join(map(str, blow.ranks))}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cells", nargs="*", default=[cell.name for cell in CELLS])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after so long")
+    parser.add_argument("--folder", type=Path, help="keep the runs here")
+    asked = parser.parse_args()
+    for name in PRELOADED:
+        importlib.import_module(name)
+
+    home = asked.folder or Path(tempfile.mkdtemp(prefix="torture-"))
+    rows = home / "rows.jsonl"
+    home.mkdir(parents=True, exist_ok=True)
+    from tests.conftest import TRAIN_ROWS
+
+    rows.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:64]) + "\n")
+    rng, cells = random.Random(asked.seed), [cell for cell in CELLS if cell.name in asked.cells]
+    began, totals = time.monotonic(), {cell.name: [0, 0, 0] for cell in cells}
+    problems: list[str] = []
+    while sum(total[0] for total in totals.values()) < asked.kills and time.monotonic() - began < asked.seconds:
+        cell = min(cells, key=lambda cell: totals[cell.name][0])
+        tally = torture(cell, [draw(rng, cell) for _ in range(BLOWS_A_RUN)], home, rows)
+        totals[cell.name] = [a + b for a, b in zip(totals[cell.name], tally[:3], strict=True)]
+        problems += tally.problems
+        for problem in tally.problems:
+            print(problem, flush=True)
+    _report(totals, problems, time.monotonic() - began)
+    return 1 if problems else 0
+
+
+def _report(totals: dict[str, Any], problems: list[str], seconds: float) -> None:
+    print(f"{'cell':<14}{'kills':>7}{'resumes':>9}{'lost steps':>12}")
+    for name, (kills, resumes, lost) in totals.items():
+        print(f"{name:<14}{kills:>7}{resumes:>9}{lost:>12}")
+    kills, resumes, lost = (sum(column) for column in zip(*totals.values(), strict=True))
+    print(f"{len(totals)} cells, {kills} kills, {resumes} resumes, {lost} lost steps, {len(problems)} mismatches, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -19,7 +19,7 @@ LABEL org.opencontainers.image.title="surefoot stage 3" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="${COMMIT}"
 COPY docker/system.sh /surefoot/docker/
-RUN /surefoot/docker/system.sh run && useradd --uid 1000 --home-dir /home/surefoot surefoot && install -d -m 1777 /home/surefoot
+RUN /surefoot/docker/system.sh run && useradd --uid 1000 --home-dir /home/surefoot surefoot && install -d -m 1777 /home/surefoot /home/surefoot/.cache
 COPY --from=build /surefoot /surefoot
 COPY . /surefoot
 # LD_LIBRARY_PATH: empty, so that nothing shadows the wheel's libraries. USER: torch asks for a name, and --user gives a bare number.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # node.sh FLAGS OF finetune.py: starts this node's processes. Every launcher ends here and only fills in
 #   NODES (1), NODE_RANK (0), GPUS of this node (1), MASTER_ADDR and MASTER_PORT of node 0 (29500), PROFILE (profiles/NAME.yaml),
-#   SUREFOOT_STOP_FILE: once it exists the run saves a checkpoint and ends with 75 (a file of its own), PYTHON (python).
-# A first TERM, INT or USR1 asks for that checkpoint, a second one ends the run at once. Ends with the exit code of finetune.py.
+#   SUREFOOT_STOP_FILE: once it exists the run saves a checkpoint and ends with 75, PYTHON (python).
+# A first TERM, INT or USR1 asks for that too, a second one ends the run at once. Ends with the exit code of finetune.py.
 set -euo pipefail
 
 fail() {
@@ -31,33 +31,25 @@ if [[ $profile != cpu* && $gpus -gt 1 ]]; then
   ((gpus <= have)) || fail "GPUS=$gpus but this node has $have. Use GPUS=$((have > 0 ? have : 1)), or a cpu profile"
 fi
 
-notes=$(mktemp -d)
-trap 'rm -rf "$notes"' EXIT
-export SUREFOOT_STOP_FILE=${SUREFOOT_STOP_FILE:-$notes/stop}
-export EXIT_CODES=$notes/codes # for worker.py: torchrun ends with 1 whatever its workers ended with
-mkdir "$EXIT_CODES"
 command=("$python")
-if [ "$profile" != single ]; then
-  command+=(-m accelerate.commands.launch --config_file "$home/profiles/$profile.yaml" --num_processes $((nodes * gpus)))
+if [ "$profile" = single ]; then
+  command+=("$home/finetune.py")
+else
+  command+=(-m surefoot.launcher --config_file "$home/profiles/$profile.yaml" --num_processes $((nodes * gpus)))
   command+=(--num_machines "$nodes" --machine_rank "$rank" --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "$port")
+  command+=("$home/finetune.py")
 fi
-command+=("$home/launch/worker.py" "$@")
+export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 
 signals=0
-trap 'signals=$((signals + 1)); touch "$SUREFOOT_STOP_FILE"; ((signals < 2)) || kill -TERM "$launcher"' TERM INT USR1
-# USR1 sent to every process of a job step must not kill torchrun: it inherits the signal ignored, the workers set it for themselves
-(trap '' USR1 && exec "${command[@]}") &
+# torchrun takes TERM and INT for itself in some versions, USR1 in none
+trap 'signals=$((signals + 1)); kill -USR1 "$launcher" 2>/dev/null || true' TERM INT USR1
+"${command[@]}" "$@" &
 launcher=$!
 until
   seen=$signals
   wait "$launcher" && code=0 || code=$?
   ((seen == signals)) # else a signal ended `wait` early
 do :; done
-
-# of the workers' codes 75 counts only where no worker has another
-((code == 0)) || for worker in "$EXIT_CODES"/*; do
-  read -r said 2>/dev/null <"$worker" || continue
-  ((said == 0)) || code=$said
-  ((said == 0 || said == 75)) || break
-done
+((signals == 0 || code <= 128)) || code=75 # it was ended before it could say so: nothing was begun, or a second signal came
 exit "$code"

@@ -7,7 +7,30 @@ import re
 import stat
 from pathlib import Path
 
-NASTY = ("a b", "$HOME", "$(id)", "$$", "`id`", "it's", '"', "\\", "two\nlines\n", "*", "~", "{task", "#x", "yes", "1e3", "", "é\t", "!", "&&", "%j", ": -", "$(NODES)")
+NASTY = (
+    "a b",
+    "$HOME",
+    "$(id)",
+    "$$",
+    "`id`",
+    "it's",
+    '"',
+    "\\",
+    "two\nlines\n",
+    "*",
+    "~",
+    "{task",
+    "#x",
+    "yes",
+    "1e3",
+    "",
+    "é\t",
+    "!",
+    "&&",
+    "%j",
+    ": -",
+    "$(NODES)",
+)
 
 
 def words(seed: int, count: int = 12) -> list[str]:

@@ -79,7 +79,11 @@ def test_sky_task_when_its_script_runs_then_hands_over_every_word(seed: int, tmp
     wanted = ask("sky", seed)
     task = yaml.safe_load(launch.document(wanted))
     script = task["run"].replace(manifests.ENTRYPOINT, str(launching.recorder(tmp_path, "got"))).replace(f"cd {manifests.RUNS}\n", "")
-    subprocess.run(["bash", "-euc", script], check=True, env={**os.environ, "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "10.0.0.1"})
+    subprocess.run(
+        ["bash", "-euc", script],
+        check=True,
+        env={**os.environ, "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "10.0.0.1"},
+    )
     assert launching.recorded(tmp_path, "got") == list(wanted.flags)
 
 
@@ -87,7 +91,13 @@ def test_sky_task_when_its_script_runs_then_hands_over_every_word(seed: int, tmp
 def test_docker_script_when_run_then_the_container_gets_every_word(seed: int, tmp_path: Path) -> None:
     launching.recorder(tmp_path, "docker")
     flags = launching.words(seed)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GPUS": "0", "CACHE": str(tmp_path / "cache"), "MOUNTS": str(ROOT)}
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "GPUS": "0",
+        "CACHE": str(tmp_path / "cache"),
+        "MOUNTS": str(ROOT),
+    }
     subprocess.run([ROOT / "launch/docker.sh", *flags], check=True, env=environment, cwd=tmp_path)
     got = launching.recorded(tmp_path, "docker")
     assert got[got.index("surefoot:stage1") + 1 :] == flags
@@ -102,7 +112,13 @@ def test_batch_script_when_run_then_every_node_gets_every_word(seed: int, tmp_pa
     for stub in ("srun", "scontrol"):
         (tmp_path / stub).chmod(0o755)
     flags = launching.words(seed)
-    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "SUREFOOT": str(ROOT)}
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "n1",
+        "SUREFOOT": str(ROOT),
+    }
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PROFILE": "single"}
     subprocess.run([ROOT / "launch/slurm.sbatch", *flags], check=True, env=environment, cwd=tmp_path)
     assert launching.recorded(tmp_path, "python") == [str(ROOT / "finetune.py"), *flags]

@@ -25,7 +25,7 @@ def local(ask: Ask) -> Command:
 
 
 def docker(ask: Ask) -> Command:
-    variables = {"IMAGE": str(ask.image), "STAGE": str(ask.stage), **_node(ask), "GPUS": str(0 if ask.is_cpu else ask.gpus)}
+    variables = {"IMAGE": str(ask.image), "STAGE": str(ask.stage), **_node(ask), "GPUS": str(ask.gpus)}
     return Command(variables=variables, words=(str(ROOT / "launch/docker.sh"), *ask.flags))
 
 

@@ -35,8 +35,9 @@ def launch(*words: object, cwd: Path, path: str = os.environ["PATH"], **variable
         (["local", "--profile", "dpp", "--", "--base_model", "m"], f"--profile=dpp is none of {', '.join(profiles())}"),
         (["local", "--gpu", "4", "--", "--base_model", "m"], "--gpu is no option of surefoot.launch. Did you mean --gpus?"),
         (["local", "--kind", "job", "--", "--base_model", "m"], "--kind means nothing under local"),
-        (["k8s", "--kind", "pod", "--", "--base_model", "m"], "--kind=pod is none of job, jobset, trainjob"),
-        (["k8s", "--name", "My_Run", "--", "--base_model", "m"], "--name='My_Run' must be"),
+        (["k8s", "--image", "i", "--kind", "pod", "--", "--base_model", "m"], "--kind=pod is none of job, jobset, trainjob"),
+        (["k8s", "--image", "i", "--name", "My_Run", "--", "--base_model", "m"], "--name='My_Run' must be"),
+        (["k8s", "--", "--base_model", "m"], "--image is missing: k8s pulls it from a registry"),
         (["local", "--nodes", "0", "--", "--base_model", "m"], "--nodes=0 must be a whole number from 1 on"),
         (["local", "--gpus", "--", "--base_model", "m"], "--gpus needs a value"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--lora_rr", "4"], "--lora_rr is not a flag. Did you mean --lora_r?"),
@@ -72,7 +73,7 @@ def test_profile_when_asked_for_then_its_engine_is_planned(profile: str) -> None
 def test_answer_when_nothing_is_submitted_then_takes_a_second_at_most(tmp_path: Path) -> None:
     def seconds() -> float:
         start = time.perf_counter()
-        assert launch("k8s", "--nodes", 2, "--gpus", 8, "--", *FLAGS_OF_A_RUN, cwd=tmp_path).returncode == 0
+        assert launch("k8s", "--image", "i", "--nodes", 2, "--gpus", 8, "--", *FLAGS_OF_A_RUN, cwd=tmp_path).returncode == 0
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(3)) <= 1
@@ -80,7 +81,8 @@ def test_answer_when_nothing_is_submitted_then_takes_a_second_at_most(tmp_path: 
 
 @pytest.mark.parametrize(("world", "client"), [("slurm", "sbatch"), ("k8s", "kubectl"), ("sky", "sky"), ("docker", "docker")])
 def test_submit_when_there_is_no_client_then_says_so(world: str, client: str, tmp_path: Path) -> None:
-    done = launch(world, "--submit", "--", *FLAGS_OF_A_RUN, cwd=tmp_path, path=str(tmp_path))
+    image = ["--image", "i"] if world in ("k8s", "sky") else []
+    done = launch(world, *image, "--submit", "--", *FLAGS_OF_A_RUN, cwd=tmp_path, path=str(tmp_path))
     assert done.returncode == 2
     assert f"--submit needs {client}, which is not installed here. Nothing was submitted" in done.stderr
 
@@ -151,7 +153,7 @@ def test_batch_script_when_overwrite_is_given_then_ends_before_it_starts_anythin
 
 def test_recipe_when_launch_is_set_then_goes_through_the_launcher(tmp_path: Path) -> None:
     recipe = ROOT / "examples/llama3_8B_DoRA.sh"
-    changes = {"LAUNCH": "k8s --gpus 8", "PYTHON": sys.executable, "DATA_PATH": "/runs/commonsense_170k.json"}
+    changes = {"LAUNCH": "k8s --image i --gpus 8", "PYTHON": sys.executable, "DATA_PATH": "/runs/commonsense_170k.json"}
     command = ["sh", str(recipe), "32", "64", "/runs/dora", "0", "--micro_batch_size", "2"]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **changes}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -162,7 +164,7 @@ def test_recipe_when_launch_is_set_then_goes_through_the_launcher(tmp_path: Path
 def test_every_recipe_when_launched_in_any_world_then_is_accepted(tmp_path: Path) -> None:
     recipes = [file for file in sorted((ROOT / "examples").glob("*.sh")) if file.name != "commonsense.sh"]
     assert len(recipes) >= 4
-    for recipe, world in zip(recipes, ("local", "docker", "slurm", "sky"), strict=False):
+    for recipe, world in zip(recipes, ("local", "docker", "slurm", "sky --image i"), strict=False):
         changes = {"LAUNCH": world, "PYTHON": sys.executable, "DATA_PATH": str(TRAIN_ROWS)}
         command = ["sh", str(recipe), "8", "16", str(tmp_path / "out"), "0"]
         done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **changes}, capture_output=True, text=True)
@@ -175,4 +177,6 @@ def test_flags_that_the_launcher_adds_when_listed_then_exist() -> None:
 
 
 def test_parse_when_given_both_forms_then_reads_the_same() -> None:
-    assert parse(["k8s", "--nodes=2", "--gpus", "8", "--", "--a", "b"]) == parse(["k8s", "--nodes", "2", "--gpus=8", "--", "--a", "b"])
+    assert parse(["k8s", "--image=i", "--nodes=2", "--gpus", "8", "--", "--a", "b"]) == parse(
+        ["k8s", "--image", "i", "--nodes", "2", "--gpus=8", "--", "--a", "b"]
+    )

@@ -123,7 +123,7 @@ def test_submit_when_there_is_a_server_then_it_has_the_documents_and_delete_take
         config = {"apiVersion": "v1", "kind": "Config", **cluster, "users": [{"name": "u", "user": {}}], "current-context": "c"}
         (tmp_path / "config").write_text(json.dumps(config))
         environment = {**os.environ, "KUBECONFIG": str(tmp_path / "config"), "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
-        words = ["k8s", "--kind", kind, "--nodes", "2", "--gpus", "8"]
+        words = ["k8s", "--kind", kind, "--image", "i", "--nodes", "2", "--gpus", "8"]
         flags = ["--base_model", "/runs/m", "--data_path", "/runs/d.json", "--output_dir", "/runs/o", "--run_name", "a $(NODES)\nb"]
         run = [sys.executable, "-m", "surefoot.launch", *words, "--submit", "--", *flags]
         done = subprocess.run(run, env=environment, capture_output=True, text=True)

@@ -78,7 +78,11 @@ def args_of(document: object) -> list[list[str]]:
 def test_sky_task_when_its_script_runs_then_hands_over_every_word(seed: int, tmp_path: Path) -> None:
     wanted = ask("sky", seed)
     task = yaml.safe_load(launch.document(wanted))
-    script = task["run"].replace(manifests.ENTRYPOINT, str(launching.recorder(tmp_path, "got"))).replace(f"cd {manifests.RUNS}\n", "")
+    script = (
+        task["run"]
+        .replace("$HOME/sky_workdir/launch/docker.sh", str(launching.recorder(tmp_path, "got")))
+        .replace(f"cd {manifests.RUNS}\n", "")
+    )
     subprocess.run(
         ["bash", "-euc", script],
         check=True,

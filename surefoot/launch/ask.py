@@ -32,7 +32,7 @@ class Ask:
     gpus: int = _option(1, "GPUs, and processes, of each node; 0: one process on a CPU")
     profile: str | None = _option(None, "a file of profiles/ without .yaml; default: single for one process, else ddp")
     stage: int = _option(1, "which image, and finetune.py's --stage")
-    image: str | None = _option(None, "default: surefoot:stageN", ("docker", "slurm", "k8s", "sky"))
+    image: str | None = _option(None, "default: surefoot:stageN, which k8s and sky do not find", ("docker", "slurm", "k8s", "sky"))
     name: str = _option("surefoot", "of the job", ("slurm", "k8s", "sky"))
     grace_s: int = _option(180, "seconds between the warning and the kill", ("slurm", "k8s"))
     time: str | None = _option(None, "time limit as sbatch takes it", ("slurm",))
@@ -83,7 +83,11 @@ def parse(argv: Sequence[str]) -> Ask:
             problems.append(f"--{name} needs a value")
         else:
             values[name] = text if equals else words.pop(0)
-    problems += list(_wrong(values))
+    problems += _wrong(values)
+    if world in ("k8s", "sky") and "image" not in values:
+        problems.append(
+            f"--image is missing: {world} pulls it from a registry. REPOSITORY=REGISTRY/surefoot docker/build.sh stage1 --push puts it there"
+        )
     if problems:
         raise UsageError(joined(problems))
     return settled(Ask(world=world, flags=tuple(after), **values))

@@ -174,15 +174,17 @@ def _indexed_env(ask: Ask, master: str) -> list[dict[str, Any]]:
 
 
 def sky(ask: Ask) -> list[dict[str, Any]]:
-    """A managed spot job: the bucket holds data and checkpoints, a lost or preempted cluster is brought up again and goes on."""
+    """A managed spot job: the bucket holds data and checkpoints, a lost or preempted cluster is brought up again and goes on.
+
+    The image runs through docker.sh on the machine, not as SkyPilot's image_id, which wants root or sudo inside (skypilot-org/skypilot#4282).
+    """
     accelerators = {} if ask.is_cpu else {"accelerators": f"{ask.accelerator}:{ask.gpus}"}
     run = [
         "export NODES=$SKYPILOT_NUM_NODES NODE_RANK=$SKYPILOT_NODE_RANK",
         'export MASTER_ADDR=$(head -n1 <<<"$SKYPILOT_NODE_IPS")',
-        f"export GPUS={ask.processes} PROFILE={ask.profile}",
-        f"export XDG_CACHE_HOME={RUNS}/.cache",
+        f"export IMAGE={shlex.quote(str(ask.image))} GPUS={ask.gpus} PROFILE={ask.profile}",
         f"cd {RUNS}",
-        shlex.join(["exec", ENTRYPOINT, *ask.flags]),
+        f'exec "$HOME/sky_workdir/launch/docker.sh" {shlex.join(ask.flags)}',
     ]
     return [
         {
@@ -191,10 +193,11 @@ def sky(ask: Ask) -> list[dict[str, Any]]:
             "resources": {
                 **accelerators,
                 "use_spot": True,
-                "image_id": f"docker:{ask.image}",
                 "job_recovery": {"strategy": "EAGER_NEXT_REGION", "recover_on_exit_codes": [PREEMPTED]},
             },
+            "workdir": ".",
             "file_mounts": {RUNS: {"name": ask.bucket, "mode": "MOUNT_CACHED"}},
+            "setup": f"docker pull {shlex.quote(str(ask.image))}\n",
             "run": "\n".join(run) + "\n",
         }
     ]

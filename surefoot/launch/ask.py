@@ -86,7 +86,8 @@ def parse(argv: Sequence[str]) -> Ask:
     problems += _wrong(values)
     if world in ("k8s", "sky") and "image" not in values:
         problems.append(
-            f"--image is missing: {world} pulls it from a registry. REPOSITORY=REGISTRY/surefoot docker/build.sh stage1 --push puts it there"
+            f"--image is missing: {world} pulls it from a registry. "
+            "REPOSITORY=REGISTRY/surefoot docker/build.sh stage1 --push puts one there"
         )
     if problems:
         raise UsageError(joined(problems))

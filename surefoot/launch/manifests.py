@@ -176,7 +176,7 @@ def _indexed_env(ask: Ask, master: str) -> list[dict[str, Any]]:
 def sky(ask: Ask) -> list[dict[str, Any]]:
     """A managed spot job: the bucket holds data and checkpoints, a lost or preempted cluster is brought up again and goes on.
 
-    The image runs through docker.sh on the machine, not as SkyPilot's image_id, which wants root or sudo inside (skypilot-org/skypilot#4282).
+    docker.sh starts the image there: as SkyPilot's image_id it would need root or sudo inside (skypilot-org/skypilot#4282).
     """
     accelerators = {} if ask.is_cpu else {"accelerators": f"{ask.accelerator}:{ask.gpus}"}
     run = [

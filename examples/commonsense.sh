@@ -25,7 +25,7 @@ commonsense_dora() { # BASE_MODEL LEARNING_RATE R ALPHA OUTPUT_DIR GPU [more fla
     --cutoff_len 512 --val_set_size 120 --eval_step 80 --save_step 80 \
     --use_gradient_checkpointing "$@"
   if [ -n "${LAUNCH:-}" ]; then
-    export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONPATH="${here:?the recipe sets it}/..${PYTHONPATH:+:$PYTHONPATH}"
     # shellcheck disable=SC2086 # LAUNCH is a list of words
     exec "${PYTHON:-python}" -m surefoot.launch $LAUNCH -- "$@"
   fi

@@ -10,7 +10,7 @@ from typing import Any
 
 from surefoot import cli, signals
 from surefoot.config import FLAGS, Config
-from surefoot.errors import Preempted, SurefootError
+from surefoot.errors import SurefootError
 from surefoot.run import run
 
 
@@ -33,13 +33,10 @@ def main() -> int:
         import fire
 
         fire.Fire(lambda **flags: train(**flags), command=cli.tidy(argv), serialize=lambda _: None)
-    except Preempted as stopped:  # alike on every rank
-        signals.ignore()
-        if os.environ.get("RANK", "0") == "0":
-            print(f"finetune.py: {stopped}", file=sys.stderr)
-        return stopped.exit_code
     except SurefootError as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
+        signals.ignore()
+        if not error.is_shared or os.environ.get("RANK", "0") == "0":
+            print(f"finetune.py: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 

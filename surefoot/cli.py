@@ -16,7 +16,7 @@ python finetune.py --base_model MODEL --data_path FILE --output_dir FOLDER [--na
 accelerate launch --config_file profiles/ddp.yaml --num_processes N finetune.py ...
 
 Fine-tunes a causal language model with LoRA, DoRA, their 4-bit forms, or in full. Lists are written --target_modules q_proj k_proj.
-Exit codes: 0 done; 2 usage or plan; 3 data; 4 numerics; 5 backend."""
+Exit codes: 0 done; 2 usage or plan; 3 data; 4 numerics; 5 backend; 75 stopped by a signal after a checkpoint (--resume goes on)."""
 
 
 def tidy(argv: Sequence[str]) -> list[str]:

@@ -29,7 +29,10 @@ def main(words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    asked = _pass_on_signals()
+    given = os.environ.get(VARIABLE)
+    file = Path(given) if given else Path(tempfile.mkdtemp(prefix="surefoot-stop-")) / "stop"
+    os.environ[VARIABLE] = str(file)
+    asked = _pass_on_signals(file)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torchrun's own handlers would replace those made here
     try:
         launch_command(launch_command_parser().parse_args(words))
@@ -40,6 +43,8 @@ def main(words: list[str]) -> int:
         return exit_code([error.returncode], was_asked=bool(asked))
     except SignalException as error:
         return 128 + error.sigval
+    finally:
+        file.unlink(missing_ok=True)  # obeyed; it must not stop the next start
     return 0
 
 
@@ -51,13 +56,8 @@ def exit_code(codes: Iterable[int], *, was_asked: bool) -> int:
     return found[0] if found[0] > 0 else 128 - found[0]
 
 
-def _pass_on_signals() -> list[float]:
+def _pass_on_signals(file: Path) -> list[float]:
     """Returns the times of the signals to come."""
-    given = os.environ.get(VARIABLE)
-    file = Path(given) if given else Path(tempfile.mkdtemp(prefix="surefoot-stop-")) / "stop"
-    os.environ[VARIABLE] = str(file)
-    if file.exists() and file.stat().st_mtime < time.time() - 1:  # of an earlier start
-        file.unlink()
     asked: list[float] = []
 
     def pass_on(_number: int, _frame: FrameType | None) -> None:

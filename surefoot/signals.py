@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -67,7 +66,8 @@ class StopRequest:
 
 
 def _write(text: str) -> None:
-    os.write(sys.stderr.fileno() if sys.stderr is sys.__stderr__ else 2, f"finetune.py: process {os.getpid()}: {text}\n".encode())
+    """Past sys.stderr, which the signal may have interrupted in the middle of a line."""
+    os.write(2, f"finetune.py: process {os.getpid()}: {text}\n".encode())
 
 
 def ignore() -> None:

@@ -111,26 +111,52 @@ def test_rows_when_prepared_a_second_time_then_come_from_the_cache(finetune: Cal
     assert logs(tmp_path / "run0", "loss") == logs(tmp_path / "run1", "loss")
 
 
-DAMAGE = {
-    "adapter_model.safetensors": lambda raw: raw[:-100], "optimizer.pt": lambda raw: raw[: len(raw) // 2], "scheduler.pt": lambda raw: b"",
-    "trainer_state.json": lambda raw: raw[:50],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_resume_when_a_file_of_the_checkpoint_is_damaged_then_names_it(
-    finetune: Callable[..., Any], rows: Path, trained: Path, tmp_path: Path, name: str
+def test_resume_when_the_newest_checkpoint_is_damaged_then_goes_on_from_the_one_before(
+    rows: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
 
     shutil.copytree(trained, tmp_path / "run")
     record = json.loads((tmp_path / "run/run.json").read_text())
     (tmp_path / "run/run.json").write_text(json.dumps({**record, "status": "running"}))
-    file = tmp_path / "run/checkpoint-6" / name
-    file.write_bytes(DAMAGE[name](file.read_bytes()))
-    done = finetune(*words(quick(data_path=rows, output_dir="run", resume=True)))
-    assert done.returncode == 2
-    assert f"checkpoint-6: {name} is" in done.stderr
+    file = tmp_path / "run/checkpoint-6/optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    train(data_path=rows, output_dir=tmp_path / "run", resume=True, **quick())
+    assert "run/checkpoint-6: optimizer.pt is cut off" in capfd.readouterr().out
+    resumes = json.loads((tmp_path / "run/run.json").read_text())["resumes"]
+    assert [Path(resume["from"]).name for resume in resumes] == ["checkpoint-3"]
+    assert all(torch.equal(tensor, tensors(trained)[name]) for name, tensor in tensors(tmp_path / "run").items())
+
+
+class Touch:
+    """A pickle that would make a file where it is loaded without weights_only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_resume_when_the_optimizers_file_holds_code_then_is_refused_and_not_run(rows: Path, trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from surefoot import checkpoint
+    from surefoot.errors import BackendError
+
+    evil = shutil.copytree(trained / "checkpoint-3", tmp_path / f"checkpoint-3{checkpoint.PARTIAL}")
+    torch.save({"state": Touch(tmp_path / "made")}, evil / "optimizer.pt")
+    checkpoint.publish(evil, tmp_path / "checkpoint-3", {"cursor": checkpoint.read_manifest(trained / "checkpoint-3")["cursor"]})
+    with pytest.raises(BackendError, match="checkpoint-3: a file holds more than tensors and numbers"):
+        train(data_path=rows, output_dir=tmp_path / "run", resume_from_checkpoint=str(tmp_path / "checkpoint-3"), **quick())
+    assert not (tmp_path / "made").exists()
+
+
+def test_resume_when_the_run_is_finished_then_does_nothing_and_exits_0(finetune: Callable[..., Any], rows: Path, trained: Path) -> None:
+    before = (trained / "run.json").read_text()
+    done = finetune(*words(quick(data_path=rows, output_dir=trained, resume=True)))
+    assert (done.returncode, (trained / "run.json").read_text()) == (0, before), done.stderr
+    assert "is finished: nothing is left to do" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["run.json", "backend.json"])

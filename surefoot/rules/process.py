@@ -16,6 +16,10 @@ def environment(desk: Desk) -> Choice:
         env["WANDB_LOG_MODEL"] = c.wandb_log_model
     if not c.wandb_online:
         env["WANDB_MODE"] = "offline"
+    if desk.machine.gpus and desk.machine.world_size > 1:  # NCCL's flight recorder: the last collectives, written when one times out
+        env["TORCH_NCCL_TRACE_BUFFER_SIZE"] = "2000"
+        env["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
+        env["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = f"{c.output_dir}/heartbeats/nccl-of-rank-"
     if c.deterministic:
         env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS keeps one result per shape only with a fixed workspace
     return Choice("environment", env, "auto", "")

@@ -43,6 +43,7 @@ def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
         train_sampling_strategy="group_by_length" if t.group_by_length else "random",
         dataloader_num_workers=t.dataloader_num_workers,
         ddp_find_unused_parameters=False,
+        ddp_timeout=int(t.hang_timeout_s or 1800) + 10,  # the heartbeat, which names the rank, comes first
         ddp_broadcast_buffers=False,  # every rank makes the same ones
         seed=t.seed,
         full_determinism=False,

@@ -22,11 +22,11 @@ DONE = "done"
 
 
 class Beat(NamedTuple):
-    """Where a rank is: `count` grows with every step or phase it enters, `ticks` as long as its process lives."""
+    """Where a rank is: `moves` grows with every phase it enters, `ticks` as long as its process lives."""
 
     step: int
     phase: str
-    count: int
+    moves: int
     ticks: int
     process: str  # host and pid
 
@@ -68,7 +68,7 @@ class Heartbeat:
     timeout_s: float
     step: int = 0
     phase: str = "start"
-    count: int = 0
+    moves: int = 0
     seen: dict[int, Seen] = field(default_factory=dict)
     _over: threading.Event = field(default_factory=threading.Event)
     _ticks: int = 0
@@ -77,7 +77,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def beat(self, phase: str, step: int) -> None:
-        self.step, self.phase, self.count = step, phase, self.count + 1
+        self.step, self.phase, self.moves = step, phase, self.moves + 1
 
     def __enter__(self) -> None:
         if self.timeout_s > 0:
@@ -105,15 +105,17 @@ class Heartbeat:
                 if culprit is not None:
                     faulthandler.dump_traceback(stacks, all_threads=True)
                     stacks.flush()
-                    self._over.wait(3 * tick)  # the others' stacks, and their turn to say so
-                    if not self._over.is_set():
-                        self._end(culprit)
+                    is_speaker = self._is_speaker()
+                    if not self._over.wait(3 * tick if is_speaker else 6 * tick):  # for the others' stacks; the others, for the speaker
+                        if is_speaker:
+                            print(f"finetune.py: {self._verdict(culprit)}", file=sys.stderr, flush=True)
+                        os._exit(BackendError.exit_code)
 
     def _write(self) -> None:
         self._ticks += 1
         file = self._file("rank-{}.json")
         partial = file.with_suffix(".part")
-        partial.write_text(json.dumps(Beat(self.step, self.phase, self.count, self._ticks, f"{socket.gethostname()}, pid {os.getpid()}")))
+        partial.write_text(json.dumps(Beat(self.step, self.phase, self.moves, self._ticks, f"{socket.gethostname()}, pid {os.getpid()}")))
         os.replace(partial, file)
 
     def _look(self) -> None:
@@ -132,14 +134,13 @@ class Heartbeat:
     def _file(self, name: str) -> Path:
         return self.run_folder / FOLDER / name.format(self.rank)
 
-    def _end(self, culprit: int) -> None:
+    def _is_speaker(self) -> bool:
+        """The first rank that lives."""
         now = time.monotonic()
-        speaker = min(rank for rank, one in self.seen.items() if now - one.ticked_at < self.timeout_s / 2)
-        if self.rank == speaker:
-            print(f"finetune.py: {self._verdict(culprit, now)}", file=sys.stderr, flush=True)
-        os._exit(BackendError.exit_code)
+        return self.rank == min(rank for rank, one in self.seen.items() if now - one.ticked_at < self.timeout_s / 2)
 
-    def _verdict(self, culprit: int, now: float) -> str:
+    def _verdict(self, culprit: int) -> str:
+        now = time.monotonic()
         lines = [f"{self._told(culprit, now)} and holds up the run (--hang_timeout_s={self.timeout_s:g})"]
         lines += [f"  {self._told(rank, now)}" for rank in self.seen if rank != culprit]
         where = self.run_folder / FOLDER

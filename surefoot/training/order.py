@@ -36,7 +36,7 @@ class Order(torch.utils.data.Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + epoch)
         if self.lengths is None:
             return list(torch.randperm(self.count, generator=generator).tolist())
-        return list(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        return list(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))  # type: ignore[no-untyped-call]
 
     def cursor(self, step: int, steps_an_epoch: int, rows_a_step: int) -> dict[str, Any]:
         """Where a run stands after `step`: the epoch, the rows of it that all processes together have taken, and that epoch's order."""

@@ -24,7 +24,7 @@ class _EvaluationStopped(Exception):  # noqa: N818
 
 
 class ResumableTrainer(Trainer):  # type: ignore[misc]
-    """Set `ledger`, `saver`, `order`, `request`, `heartbeat`, and `parts` (by name, with state() and restore()) before train().
+    """Set `ledger`, `saver`, `order`, `request`, `heartbeat`, `grace_s`, and `parts` (by name, with state() and restore()) before train().
 
     When a rank is asked to stop, all save at the end of the same step and raise Preempted.
     """
@@ -35,6 +35,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     request: StopRequest
     heartbeat: Heartbeat
     parts: dict[str, Any]
+    grace_s: float
     _stops = False  # agreed by all ranks
     _owes_evaluation = False  # of the step that a checkpoint holds
     _steps_an_epoch = 1
@@ -46,14 +47,16 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def _init_training_state(self, max_steps: int, steps_an_epoch: int, *rest: Any) -> tuple[int, int]:
         self._steps_an_epoch = steps_an_epoch
         where: tuple[int, int] = super()._init_training_state(max_steps, steps_an_epoch, *rest)
-        if self.state.best_global_step:  # the folder may have been moved since
-            self.state.best_model_checkpoint = self._checkpoint_of(self.state.best_global_step)
+        self._find_best()
         self._check_cursor()
         return where
 
-    def _checkpoint_of(self, step: int) -> str | None:
-        path = Path(self.args.output_dir) / f"checkpoint-{step}"
-        return str(path) if path.is_dir() else None
+    def _find_best(self) -> None:
+        """In this run's folder, where that step was saved or is about to be; the folder may have been moved since the state was written."""
+        step = self.state.best_global_step
+        best = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if step and (step == self.state.global_step or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
 
     def _run_epoch(self, *args: Any, **named: Any) -> None:
         self.order.epoch = named["epoch"]
@@ -68,6 +71,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def _pay_evaluation(self) -> None:
         if self._owes_evaluation:
             self._determine_best_metric(self._evaluate(None, None), None)
+            self._find_best()
             self._owes_evaluation = False
 
     def get_batch_samples(self, *args: Any) -> Any:
@@ -113,7 +117,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         if self._stops:
             if self.saver.last_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
-            raise Preempted(self._farewell())
+            raise Preempted(self._farewell(), is_shared=True)
 
     def _agree(self, stops: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -133,13 +137,20 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.ledger.meter.pause()
         self.heartbeat.beat("checkpoint", self.state.global_step)
         self.store_flos()
-        step, best = self.state.global_step, self.state.best_global_step
-        if best:
-            self.state.best_model_checkpoint = (
-                str(Path(self.args.output_dir) / f"checkpoint-{step}") if best == step else self._checkpoint_of(best)
-            )
+        self._find_best()
+        step = self.state.global_step
         self.saver.save(step, self._write, {"cursor": self._cursor(step)}, self.state.best_model_checkpoint)
         self.ledger.meter.start()
+        if self.is_world_process_zero():
+            self.ledger.say(f"checkpoint-{step} saved in {self.saver.last_s:.1f} s{self._hurry()}")
+
+    def _hurry(self) -> str:
+        if self.saver.last_s <= self.grace_s:
+            return ""
+        return (
+            f", more than --grace_s={self.grace_s:g} leaves between a stop signal and the kill: let the scheduler warn earlier "
+            "(sbatch --signal=B:USR1@SECONDS, terminationGracePeriodSeconds) and say so with --grace_s"
+        )
 
     def _write(self, folder: Path) -> None:
         """This rank's files of a checkpoint: those of transformers, and what it leaves out."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from safetensors import SafetensorError
 from surefoot.errors import BackendError, NumericsError
 from surefoot.plan import Plan
 from surefoot.signals import StopRequest
-from surefoot.training import leak, saved
+from surefoot.training import leak, ranks, saved
 from surefoot.training.arguments import training_arguments
 from surefoot.training.checkpoints import Saver, disk_complaint, read_torch_files_anywhere
 from surefoot.training.guard import Guard
@@ -41,8 +44,32 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any, requ
     request.leave_if_asked()
     trainer = _trainer(plan, model, tokenizer, data, collator)
     trainer.request = request
-    with trainer.heartbeat:
+    ranks.check(plan, data.report.fingerprint)
+    with trainer.heartbeat, _explained(plan, trainer.heartbeat):
         return _train(plan, trainer, model, data)
+
+
+@contextlib.contextmanager
+def _explained(plan: Plan, heartbeat: Heartbeat) -> Iterator[None]:
+    """Turns what memory, disk, a checkpoint's files or a lost process did into one line; every other error passes as it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BackendError(_out_of_memory(plan)) from error
+    except pickle.UnpicklingError as error:
+        what = "holds more than tensors and numbers, which is not loaded"
+        raise BackendError(f"{plan.output.resume_from}: a file {what} ({str(error).splitlines()[0]}). Take another checkpoint") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        way_out = "the same command with --resume goes on"
+        if (reason := disk_complaint(error)) is not None:
+            raise BackendError(
+                f"--output_dir={plan.output.folder} cannot be written: {reason}. With room or rights there {way_out}"
+            ) from error
+        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no type of its own
+            place = f"rank {heartbeat.rank} lost another process at step {heartbeat.step} in {heartbeat.phase}"
+            raise BackendError(f"{place} ({text}). What that one said last is the cause; {way_out}") from error
+        raise
 
 
 def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[str, Any]:
@@ -51,12 +78,7 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
         read_torch_files_anywhere()
     health = trainer.parts["health"]
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
-    try:
-        result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
-    except torch.OutOfMemoryError as error:
-        raise BackendError(_out_of_memory(plan)) from error
-    except OSError as error:
-        raise _of_the_disk(error, plan.output.folder) from error
+    result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
     trainer.heartbeat.beat("end", result.global_step)
     trainer.settle()
     if trainer.stop_reason is not None:
@@ -80,10 +102,7 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
     }
     if data.eval is not None and plan.train.eval_strategy != "no":
         summary["eval_loss"] = _final_eval_loss(trainer)
-    try:
-        trainer.save_model(plan.output.folder)
-    except (OSError, SafetensorError) as error:
-        raise _of_the_disk(error, plan.output.folder) from error
+    trainer.save_model(plan.output.folder)
     if plan.machine.is_main and plan.machine.engine in ("single", "ddp"):
         summary["saved"] = saved.check(model, Path(plan.output.folder), data.train[0]["input_ids"])
     return summary
@@ -114,22 +133,12 @@ def _trainer(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -
     trainer.add_callback(health)
     trainer.parts = {"guard": trainer.guard, "meter": meter, "health": health}
     folder, rank = Path(plan.output.folder), plan.machine.rank
-    trainer.saver = Saver(folder, plan.train.save_total_limit, rank, processes)
+    trainer.saver, trainer.grace_s = Saver(folder, plan.train.save_total_limit, rank, processes), plan.train.grace_s
     trainer.saver.clean()
     trainer.heartbeat = Heartbeat(run_folder=folder, rank=rank, processes=processes, timeout_s=plan.train.hang_timeout_s)
     lengths = trainer.train_dataset.lengths if plan.train.group_by_length else None
     trainer.order = Order(len(trainer.train_dataset), plan.train.seed, lengths, plan.train.batch_size)
     return trainer
-
-
-def _of_the_disk(error: Exception, folder: str) -> Exception:
-    """The error for the user where the disk is at fault, else the error itself."""
-    reason = disk_complaint(error)
-    if reason is None:
-        return error
-    return BackendError(
-        f"--output_dir={folder} cannot be written: {reason}. Free space or rights there, then give the same command with --resume"
-    )
 
 
 def _leak(trainer: SurefootTrainer, model: Any, ids: Any) -> float | None:

@@ -1,7 +1,8 @@
 """python -m tests.torture --kills N --seed S: runs are killed at random places, started again with the same command, and compared.
 
 torch is imported once and every process is forked from there, so that a kill costs seconds. Exits 1 when a run is not bitwise the undisturbed
-one, when a polite signal does not end every rank with 75, or when a run does not come to its end.
+one, when a polite signal does not end every rank with 75, or when a run does not come to its end. CUDA_VISIBLE_DEVICES=0,1 in front runs it
+on GPUs, in deterministic mode.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.torture.blow import PLACES, Blow, name_of, run
-from tests.torture.cells import CELLS, COMMON, Cell
+from tests.torture.cells import BF16_CELLS, CELLS, COMMON, ROWS, Cell
 from tests.torture.compare import differences, reached, resumed_at
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ON_GPU = bool(os.environ["CUDA_VISIBLE_DEVICES"])  # set empty by tests/conftest.py where it is not given
 BLOWS_A_RUN = 5
 LIMIT_S = 120
 PRELOADED = (
@@ -78,7 +80,7 @@ def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Pat
         if cell.processes > 1:
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cell.processes), "LOCAL_WORLD_SIZE": str(cell.processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": str(not ON_GPU),
             }  # fmt: skip
         code = run(argv, rank, blow, folder / f"rows-of-rank-{rank}.jsonl")
     except SystemExit as left:
@@ -94,7 +96,7 @@ def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Pat
 
 def draw(rng: random.Random, cell: Cell) -> Blow:
     place = rng.choice(PLACES)
-    turns = {"step": 40 // cell.processes, "evaluation": 8, "prune": 3, "write": 3, "last_save": 6, "sync": 3, "manifest": 6, "rename": 40}[
+    turns = {"step": 30 // cell.processes, "evaluation": 8, "prune": 3, "write": 3, "last_save": 6, "sync": 3, "manifest": 6, "rename": 40}[
         place
     ]
     number = rng.choice((signal.SIGKILL, signal.SIGKILL, *POLITE))
@@ -111,7 +113,7 @@ def torture(cell: Cell, blows: list[Blow], home: Path, rows: Path) -> Tally:
         if (folder / "run").exists():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        flags = {**COMMON, **cell.flags, "data_path": rows, "output_dir": folder / "run"}
+        flags = {**COMMON, **cell.flags, "deterministic": ON_GPU, "data_path": rows, "output_dir": folder / "run"}
         argv = [f"--{name}={value}" for name, value in flags.items()]
         queue = list(struck)
         for _ in range(len(struck) + 1):
@@ -155,8 +157,8 @@ def main() -> int:
     home.mkdir(parents=True, exist_ok=True)
     from tests.conftest import TRAIN_ROWS
 
-    rows.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:64]) + "\n")
-    rng, cells = random.Random(asked.seed), [cell for cell in CELLS if cell.name in asked.cells]
+    rows.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:ROWS]) + "\n")
+    rng, cells = random.Random(asked.seed), [cell for cell in (*CELLS, *BF16_CELLS) if cell.name in asked.cells]
     began, totals = time.monotonic(), {cell.name: [0, 0, 0] for cell in cells}
     problems: list[str] = []
     while sum(total[0] for total in totals.values()) < asked.kills and time.monotonic() - began < asked.seconds:

@@ -32,15 +32,7 @@ def run(argv: list[str], rank: int, blow: Blow | None, trace: Path) -> int:
     if blow is not None and rank in blow.ranks:
         _arm(blow)
     sys.argv = ["finetune.py", *argv]
-    before = set(sys.modules)
-    try:
-        return finetune.main()
-    finally:
-        print(
-            "NEW",
-            len(set(sys.modules) - before),
-            sorted({n.split(".")[0] + "." + (n.split(".") + [""])[1] for n in set(sys.modules) - before}),
-        )
+    return finetune.main()
 
 
 def _trace_rows(trainer: Any, path: Path) -> None:

@@ -101,6 +101,7 @@ def test_gpus_when_asked_for_then_the_engine_gets_them(engine: Path, tmp_path: P
 
 def test_compose_when_brought_up_then_every_stage_ends_well(engine: Path, tmp_path: Path) -> None:
     compose = Path(sys.executable).parent / "docker-compose"
+    tmp_path.chmod(0o777)  # compose starts the image's own user
     variables = environment(engine, RUNS=str(tmp_path), COMPOSE_PROJECT_NAME="stages")
     done = subprocess.run(
         [compose, "--file", ROOT / "docker/compose.yaml", "up", "--no-build"], env=variables, capture_output=True, text=True

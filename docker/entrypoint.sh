@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# entrypoint.sh [--no_check] FLAGS OF finetune.py | SCRIPT.py ARGUMENTS: what the images start. First the stack that torch really loads is
+# held against the image's lock (exit 5 where they differ), then launch/node.sh starts finetune.py, or python the named script.
+set -euo pipefail
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ "${1:-}" = --no_check ]; then
+  shift
+else
+  PYTHONPATH=$home python -m surefoot.doctor.pinned "$home/stack.lock"
+fi
+case ${1:-} in
+  *.py)
+    [ -f "$1" ] || set -- "$home/$1" "${@:2}"
+    exec python "$@"
+    ;;
+  *) exec "$home/launch/node.sh" "$@" ;;
+esac

@@ -1,0 +1,182 @@
+"""python -m surefoot.launch as a user starts it: what it refuses, how fast it answers, what it hands over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from surefoot.config import FLAGS
+from surefoot.errors import SurefootError
+from surefoot.launch.ask import Ask, parse, profiles, settled
+from surefoot.launch.check import check, launched
+from tests import launching
+from tests.conftest import ROOT, SMALL_MODEL, TRAIN_ROWS
+
+FLAGS_OF_A_RUN = ("--base_model", str(SMALL_MODEL), "--data_path", str(TRAIN_ROWS), "--output_dir", "out")
+
+
+def launch(*words: object, cwd: Path, path: str = os.environ["PATH"], **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "-m", "surefoot.launch", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["slurmm", "--", "--base_model", "m"], "'slurmm' is no world. Use local, docker, slurm, k8s, sky"),
+        (["local"], "no flags for finetune.py"),
+        (["local", "--stage", "4", "--", "--base_model", "m"], "--stage=4 is none of 1, 2, 3"),
+        (["local", "--profile", "dpp", "--", "--base_model", "m"], f"--profile=dpp is none of {', '.join(profiles())}"),
+        (["local", "--gpu", "4", "--", "--base_model", "m"], "--gpu is no option of surefoot.launch. Did you mean --gpus?"),
+        (["local", "--kind", "job", "--", "--base_model", "m"], "--kind means nothing under local"),
+        (["k8s", "--image", "i", "--kind", "pod", "--", "--base_model", "m"], "--kind=pod is none of job, jobset, trainjob"),
+        (["k8s", "--image", "i", "--name", "My_Run", "--", "--base_model", "m"], "--name='My_Run' must be"),
+        (["k8s", "--", "--base_model", "m"], "--image is missing: k8s pulls it from a registry"),
+        (["local", "--nodes", "0", "--", "--base_model", "m"], "--nodes=0 must be a whole number from 1 on"),
+        (["local", "--gpus", "--", "--base_model", "m"], "--gpus needs a value"),
+        (["slurm", "--", *FLAGS_OF_A_RUN, "--lora_rr", "4"], "--lora_rr is not a flag. Did you mean --lora_r?"),
+        (["slurm", "--", *FLAGS_OF_A_RUN, "--overwrite"], "--overwrite under slurm would remove the run's own checkpoints"),
+        (["slurm", "--nodes", "3", "--", *FLAGS_OF_A_RUN], "--batch_size=128 cannot be split"),
+        (["slurm", "--", *FLAGS_OF_A_RUN, "--data_path", "none.jsonl"], "none.jsonl does not exist"),
+    ],
+)  # fmt: skip
+def test_command_when_wrong_then_one_message_and_exit_2(words: list[str], said: str, tmp_path: Path) -> None:
+    done = launch(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_files_when_the_world_has_its_own_then_are_not_looked_for_here() -> None:
+    flags = ("--base_model", "/runs/model", "--data_path", "/runs/rows.jsonl", "--output_dir", "/runs/out", "--load_4bit", "--bf16", "True")
+    assert check(settled(Ask(world="k8s", nodes=2, gpus=8, flags=flags))).train.batch_size == 128
+    with pytest.raises(SurefootError, match=r"/runs/rows\.jsonl does not exist"):
+        check(settled(Ask(world="slurm", nodes=2, gpus=8, flags=flags)))
+
+
+@pytest.mark.parametrize("profile", profiles())
+def test_profile_when_asked_for_then_its_engine_is_planned(profile: str) -> None:
+    processes = 1 if profile in ("single", "cpu") else 2
+    ask = settled(Ask(world="slurm", gpus=processes, profile=profile, flags=FLAGS_OF_A_RUN))
+    here = check(ask).machine
+    assert here.world_size == processes
+    assert here.engine == {"ds": "deepspeed", "fs": "fsdp"}.get(profile[:2], "ddp" if processes > 1 else "single")
+    assert ("WORLD_SIZE" in launched(ask)) == (processes > 1)
+
+
+def test_answer_when_nothing_is_submitted_then_takes_a_second_at_most(tmp_path: Path) -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert launch("k8s", "--image", "i", "--nodes", 2, "--gpus", 8, "--", *FLAGS_OF_A_RUN, cwd=tmp_path).returncode == 0
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) <= 1
+
+
+@pytest.mark.parametrize(("world", "client"), [("slurm", "sbatch"), ("k8s", "kubectl"), ("sky", "sky"), ("docker", "docker")])
+def test_submit_when_there_is_no_client_then_says_so(world: str, client: str, tmp_path: Path) -> None:
+    image = ["--image", "i"] if world in ("k8s", "sky") else []
+    done = launch(world, *image, "--submit", "--", *FLAGS_OF_A_RUN, cwd=tmp_path, path=str(tmp_path))
+    assert done.returncode == 2
+    assert f"--submit needs {client}, which is not installed here. Nothing was submitted" in done.stderr
+
+
+def test_submit_when_there_is_a_client_then_it_gets_what_was_shown(tmp_path: Path) -> None:
+    launching.recorder(tmp_path, "sbatch")
+    words = [*FLAGS_OF_A_RUN, *launching.words(1, count=1)]
+    done = launch("slurm", "--time", "1:00:00", "--submit", "--", *words, cwd=tmp_path, path=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 0
+    assert launching.recorded(tmp_path, "sbatch")[-len(words) - 2 :] == [str(ROOT / "launch/slurm.sbatch"), *words, "--grace_s=180"]
+
+
+def test_submit_when_the_client_fails_then_its_code_is_passed_on(tmp_path: Path) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    assert launch("slurm", "--submit", "--", *FLAGS_OF_A_RUN, cwd=tmp_path, path=f"{tmp_path}:{os.environ['PATH']}").returncode == 7
+
+
+def script(name: str, cwd: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([ROOT / name, *words], cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"GPUS": "4"}, "GPUS=4 but this node has 0. Use GPUS=1, or a cpu profile"),
+        ({"GPUS": "two"}, "GPUS=two must be a number from 1 on"),
+        ({"PROFILE": "dpp"}, "PROFILE=dpp is none of"),
+        ({"NODES": "2", "PROFILE": "cpu_2proc"}, "NODES=2 needs MASTER_ADDR, the address of node 0"),
+        ({"NODES": "2", "NODE_RANK": "2", "PROFILE": "cpu_2proc"}, "NODE_RANK=2 is not below NODES=2"),
+    ],
+)
+def test_node_when_its_variables_are_wrong_then_says_so(variables: dict[str, str], said: str, tmp_path: Path) -> None:
+    done = script("launch/node.sh", tmp_path, **variables)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"STAGE": "4"}, "STAGE=4 is no stage. Use 1, 2 or 3"),
+        ({"GPUS": "2"}, "GPUS=2 but this machine has 0"),
+        ({"MOUNTS": "/no/such/folder", "GPUS": "0"}, "MOUNTS: /no/such/folder does not exist"),
+    ],
+)
+def test_docker_script_when_its_variables_are_wrong_then_starts_nothing(variables: dict[str, str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text('#!/bin/sh\n[ "$1" = image ]\n')
+    (tmp_path / "docker").chmod(0o755)
+    done = script("launch/docker.sh", tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", CACHE=str(tmp_path), **variables)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_docker_script_when_the_image_is_missing_then_names_the_command(tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "docker").chmod(0o755)
+    done = script("launch/docker.sh", tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", STAGE="2")
+    assert done.returncode == 2
+    assert "the image surefoot:stage2 is not here. Use docker/build.sh stage2" in done.stderr
+
+
+def test_batch_script_when_overwrite_is_given_then_ends_before_it_starts_anything(tmp_path: Path) -> None:
+    done = script("launch/slurm.sbatch", tmp_path, "--overwrite=True", SLURM_SUBMIT_DIR=str(ROOT))
+    assert done.returncode == 2
+    assert "would remove this job's own checkpoints" in done.stderr
+
+
+def test_recipe_when_launch_is_set_then_goes_through_the_launcher(tmp_path: Path) -> None:
+    recipe = ROOT / "examples/llama3_8B_DoRA.sh"
+    changes = {"LAUNCH": "k8s --image i --gpus 8", "PYTHON": sys.executable, "DATA_PATH": "/runs/commonsense_170k.json"}
+    command = ["sh", str(recipe), "32", "64", "/runs/dora", "0", "--micro_batch_size", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **changes}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nvidia.com/gpu: '8'" in done.stdout
+    assert "- /runs/commonsense_170k.json\n" in done.stdout
+
+
+def test_every_recipe_when_launched_in_any_world_then_is_accepted(tmp_path: Path) -> None:
+    recipes = [file for file in sorted((ROOT / "examples").glob("*.sh")) if file.name != "commonsense.sh"]
+    assert len(recipes) >= 4
+    for recipe, world in zip(recipes, ("local", "docker", "slurm", "sky --image i"), strict=False):
+        changes = {"LAUNCH": world, "PYTHON": sys.executable, "DATA_PATH": str(TRAIN_ROWS)}
+        command = ["sh", str(recipe), "8", "16", str(tmp_path / "out"), "0"]
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **changes}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "lora_alpha" in done.stdout
+
+
+def test_flags_that_the_launcher_adds_when_listed_then_exist() -> None:
+    assert {"stage", "resume", "grace_s", "overwrite"} <= FLAGS.keys()
+
+
+def test_parse_when_given_both_forms_then_reads_the_same() -> None:
+    assert parse(["k8s", "--image=i", "--nodes=2", "--gpus", "8", "--", "--a", "b"]) == parse(
+        ["k8s", "--image", "i", "--nodes", "2", "--gpus=8", "--", "--a", "b"]
+    )

@@ -41,6 +41,10 @@ class BackendError(SurefootError):
     exit_code = 5
 
 
+class UnslothRefusedError(BackendError):
+    """Unsloth is imported, hence transformers patched, and it does not take this run: only a new process can go on."""
+
+
 def joined(problems: Sequence[str]) -> str:
     """All problems as one message, so that the user meets them together and not one a run."""
     if len(problems) == 1:

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from surefoot import decide
 from surefoot.config import FLAGS, Config
+from surefoot.detection import Answer, Case
 from surefoot.errors import BackendError, PlanError, joined
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
 from surefoot.memory import Estimate
-from surefoot.rules import attention
+from surefoot.rules import attention, backend
 from surefoot.rules.desk import Choice, Desk
 from surefoot.verdicts import Shape, Verdicts
 
@@ -32,6 +33,8 @@ class ModelPlan:
     compute_dtype: str
     frozen_dtype: str
     loads_on_gpu: bool
+    cutoff_len: int
+    use_gradient_checkpointing: bool | str  # read by Unsloth, which recomputes by itself
     enable_torch_compile: bool
     fused_adapters: bool
     fused_loss: bool
@@ -159,22 +162,31 @@ def _places_itself(machine: Machine) -> bool:
     return bool(machine.gpus) and machine.engine in ("single", "ddp")
 
 
-def attention_to_check(config: Config, machine: Machine, inputs: Inputs) -> Shape | None:
+def attention_to_check(config: Config, machine: Machine, inputs: Inputs, unsloth: Answer | None = None) -> Shape | None:
     """What the attention canary must try before make_plan(); None where nothing but eager attention, or no GPU, is in question."""
-    return attention.to_check(Desk(config=config, machine=machine, inputs=inputs, problems=[], notes=[]))
+    return attention.to_check(Desk(config=config, machine=machine, inputs=inputs, unsloth=unsloth, problems=[], notes=[]))
 
 
-def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdicts | None = None) -> Plan:
+def unsloth_to_try(config: Config, machine: Machine, inputs: Inputs) -> Case | None:
+    """What a trial of Unsloth must answer before make_plan(); None where Unsloth is not in question."""
+    return backend.question(Desk(config=config, machine=machine, inputs=inputs, problems=[], notes=[]))
+
+
+def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdicts | None = None, unsloth: Answer | None = None) -> Plan:
     """All cross-field rules and every automatic choice.
 
     Args:
         verdicts: of the attention canary on this machine; None: nothing was checked.
+        unsloth: what a trial of Unsloth said; None: nobody asked.
 
     Raises:
         PlanError: every contradiction and every wrong path at once, each with its way out.
         BackendError: --strict_backend and the backend asked for cannot run.
     """
-    desk = Desk(config=config, machine=machine, inputs=inputs, verdicts=verdicts, problems=list(inputs.problems), notes=list(config.notes))
+    desk = Desk(
+        config=config, machine=machine, inputs=inputs, verdicts=verdicts, unsloth=unsloth,
+        problems=list(inputs.problems), notes=list(config.notes),
+    )  # fmt: skip
     decided = decide.decisions(desk)
     choices = tuple(decided.values()) + tuple(
         Choice(name, getattr(config, name), config.source(name), "")

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surefoot import inputs, machine, plan_text, runtime, verdicts
+from surefoot import detection, inputs, machine, plan_text, runtime, verdicts
 from surefoot.config import Config
-from surefoot.plan import Plan, attention_to_check, make_plan
+from surefoot.errors import BackendError, UnslothRefusedError
+from surefoot.plan import Plan, attention_to_check, make_plan, unsloth_to_try
 
 
 def run(config: Config) -> Path:
@@ -24,26 +25,39 @@ def run(config: Config) -> Path:
     if here.gpus and not config.dry_run:
         found = inputs.with_hub_config(found, config.revision)
     say = partial(print, flush=True) if here.is_main else _silent
-    shape = attention_to_check(config, here, found)
+    case = unsloth_to_try(config, here, found)
+    tried = None if case is None else detection.known(here, case) if config.dry_run else detection.ask(here, case, say=say)
+    shape = attention_to_check(config, here, found, tried)
     checked = None if shape is None else verdicts.known(here, shape) if config.dry_run else verdicts.ask(here, shape, say=say)
-    plan = make_plan(config, here, found, checked)
+    plan = make_plan(config, here, found, checked, tried)
     say(plan_text.as_json(plan) if config.plan_json else plan_text.table(plan, all_rows=config.dry_run))
     if not config.dry_run:
-        carry_out(plan, say=say)
+        try:
+            carry_out(plan, say=say)
+        except UnslothRefusedError as refused:
+            if config.strict_backend:
+                raise BackendError(f"--backend={config.backend} --strict_backend: {refused}") from refused
+            raise
     return Path(plan.output.folder)
 
 
 def carry_out(plan: Plan, *, say: Any) -> None:
     """Everything that needs torch, in order. The run folder is touched only once rows and model are good."""
+    attach_by = None
+    if runtime.is_unsloth(plan):  # first: it patches transformers, peft and trl as they are imported
+        from surefoot.backends import unsloth as backend
+
+        attach_by = partial(backend.attach, recompute=plan.model.use_gradient_checkpointing, seed=plan.process.seed)
+    else:
+        from surefoot.backends import hf as backend  # type: ignore[no-redef]
     from surefoot import adapters, artifacts, tokens, weights
-    from surefoot.backends import hf
     from surefoot.data import audit, packing, prepare, rows
     from surefoot.ops import head
     from surefoot.ops.fuse import fuse
     from surefoot.training import trainer
 
     runtime.apply(plan.process)
-    tokenizer = hf.load_tokenizer(plan.model)
+    tokenizer = backend.load_tokenizer(plan.model)
     pad = tokens.settle(tokenizer)
     say(f"PAD: {pad.token} (id {pad.token_id}), {pad.reason}")
     try:
@@ -55,7 +69,7 @@ def carry_out(plan: Plan, *, say: Any) -> None:
         raise
     plan, data = packing.settle(plan, data)
     say("\n".join(data.report.lines()))
-    model = hf.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)
+    model = backend.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)
     zero_rows = weights.zero_rows(model, plan.adapter.target_modules)
     if zero_rows:
         say(weights.describe(zero_rows, plan.adapter.method))
@@ -63,7 +77,7 @@ def carry_out(plan: Plan, *, say: Any) -> None:
         from surefoot.attention import packed
 
         packed.use_varlen(model)
-    model = adapters.attach(model, plan.adapter, plan.process.seed)
+    model = adapters.attach(model, plan.adapter, plan.process.seed, attach_by)
     say(adapters.describe(model))
     if plan.model.fused_adapters:
         say(fuse(model).line())
@@ -73,7 +87,9 @@ def carry_out(plan: Plan, *, say: Any) -> None:
         collator = head.WithPositions(collator)
     if plan.model.enable_torch_compile:
         say(f"torch.compile: {adapters.compile_layers(model)} decoder layers, compiled at their first step")
-    with artifacts.opened(plan) as folder:
+    kernels = backend.kernels(model)
+    say(f"active: {'; '.join(kernels)}")
+    with artifacts.opened(plan, kernels) as folder:
         folder.note(pad=pad._asdict(), zero_rows=zero_rows)
         folder.note_data(data.report.as_record())
         if folder.is_main:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from surefoot.errors import BackendError, UsageError
@@ -38,7 +39,7 @@ def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str,
         config = AutoConfig.from_pretrained(plan.path, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
     config.use_cache = False
     if target_modules:
-        _check_targets(plan, config, target_modules)
+        check_targets(plan, config, target_modules)
     with _named(plan, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             plan.path,
@@ -56,6 +57,14 @@ def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str,
     if plan.frozen_dtype != "fp32":
         _widen(model)
     return model
+
+
+def kernels(model: Any) -> list[str]:
+    """What really runs, read off the model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    fused = sum(bool(getattr(module, "is_fused", False)) for module in model.modules())
+    found = [f"attention: {base.config._attn_implementation}"]
+    return found + ([f"fused adapters: {fused} layers"] if fused else [])
 
 
 class FrozenLinear(torch.nn.Linear):
@@ -107,8 +116,8 @@ def _device_map(plan: ModelPlan) -> dict[str, Any] | None:
     return {"": torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"}
 
 
-def _check_targets(plan: ModelPlan, config: Any, target_modules: tuple[str, ...]) -> None:
-    """Every name must meet a layer: PEFT ignores a misspelt name as long as another one matches."""
+def check_targets(plan: ModelPlan, config: Any, target_modules: tuple[str, ...]) -> None:
+    """Raises UsageError unless every name meets a layer: PEFT ignores a misspelt name as long as another one matches."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=plan.trust_remote_code)
     linear = [name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)]

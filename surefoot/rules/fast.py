@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from surefoot.rules import backend
 from surefoot.rules.desk import Choice, Desk
 
 # model_type of those whose logits are the head's product and nothing else (no soft cap, no scale)
@@ -44,6 +45,8 @@ def _adapters_obstacle(desk: Desk) -> str:
     m = desk.machine
     if desk.config.adapter_name == "full":
         return "every weight is trained"
+    if backend.uses_unsloth(desk):
+        return "Unsloth has its own"
     if m.engine == "fsdp" or m.zero_stage == 3:
         return f"{'FSDP' if m.engine == 'fsdp' else 'ZeRO-3'} keeps the weights in pieces; PEFT's own layers gather them"
     return ""
@@ -52,6 +55,8 @@ def _adapters_obstacle(desk: Desk) -> str:
 def _loss_obstacle(desk: Desk) -> str:
     if desk.config.adapter_name == "full":
         return "the head is trained"
+    if backend.uses_unsloth(desk):
+        return "Unsloth has its own"
     if desk.machine.engine == "fsdp" or desk.machine.zero_stage == 3:
         return "the head's weight is kept in pieces"
     found = desk.inputs.model_config
@@ -66,6 +71,8 @@ def frozen_dtype(desk: Desk, quantization: str, precision: str) -> Choice:
     c = desk.config
     stored = _stored_in(desk)
     init = c.init_lora_weights
+    if backend.uses_unsloth(desk):
+        return Choice("frozen_dtype", precision, "auto", "Unsloth stores the whole model so")
     if quantization != "none":
         return Choice("frozen_dtype", "fp32", "auto", "of what is not quantized")
     if c.adapter_name == "full":

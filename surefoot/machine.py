@@ -12,7 +12,8 @@ from pathlib import Path
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "bitsandbytes", "deepspeed",
-    "flash-attn", "xformers", "liger-kernel", "triton", "unsloth", "unsloth_zoo", "trl", "tensorboard", "wandb", "trackio", "mlflow", "fire",
+    "flash-attn", "xformers", "liger-kernel", "triton", "unsloth", "unsloth_zoo", "trl", "tensorboard", "wandb", "trackio", "mlflow",
+    "fire",
 )  # fmt: skip
 UNSLOTH_REFUSED = "SUREFOOT_UNSLOTH_REFUSED"  # set by a run for the one that takes its place
 

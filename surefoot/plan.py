@@ -13,7 +13,7 @@ from surefoot.errors import BackendError, PlanError, joined
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
 from surefoot.memory import Estimate
-from surefoot.rules import attention, backend
+from surefoot.rules import attention, backend, stamp
 from surefoot.rules.desk import Choice, Desk
 from surefoot.verdicts import Shape, Verdicts
 
@@ -217,18 +217,16 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdic
         choices=choices,
         notes=tuple(desk.notes),
     )
-    _check_stamp(plan, inputs)
-    return plan
+    return _check_stamp(plan, inputs, desk.obstacle)
 
 
-def _check_stamp(plan: Plan, inputs: Inputs) -> None:
-    """A resumed run must be the same training: same base, backend, dtypes, quantization, adapter, processes."""
-    before, now = inputs.resume_stamp, plan.stamp()
+def _check_stamp(plan: Plan, inputs: Inputs, obstacle: str | None) -> Plan:
+    """A resumed run must be the same training (its stamp); other versions of the libraries are a note."""
+    before = inputs.resume_stamp
     if plan.output.resume_from is None or before is None:
-        return
-    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
-    if changed:
-        raise PlanError(
-            f"cannot continue {plan.output.resume_from}: it was made under other settings ({'; '.join(changed)}). "
-            "Give the same settings again, or start a new run with another --output_dir"
-        )
+        return plan
+    refusal = stamp.refusal(plan.output.resume_from, before, plan.stamp())
+    if refusal:
+        raise PlanError(refusal + (f". Now: {obstacle}" if obstacle else ""))
+    drift = stamp.drift(before["versions"], plan.machine.versions) if isinstance(before.get("versions"), dict) else ""
+    return dataclasses.replace(plan, notes=(*plan.notes, drift)) if drift else plan

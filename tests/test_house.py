@@ -20,6 +20,7 @@ LEVELS = {
         "surefoot.machine",
         "surefoot.inputs",
         "surefoot.verdicts",
+        "surefoot.detection",
         "surefoot.decoder",
         "surefoot.activations",
         "surefoot.memory",

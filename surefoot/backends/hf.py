@@ -51,6 +51,7 @@ def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str,
             attn_implementation=plan.attn_implementation,
             quantization_config=_quantization(plan),
         )
+    _keep_trainable_layout(model)
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary_size > rows:
         model.resize_token_embeddings(vocabulary_size, pad_to_multiple_of=EMBEDDING_MULTIPLE, mean_resizing=False)
@@ -107,6 +108,13 @@ def _quantization(plan: ModelPlan) -> BitsAndBytesConfig | None:
             bnb_4bit_compute_dtype=DTYPES[plan.compute_dtype],
         )
     return BitsAndBytesConfig(load_in_8bit=True) if plan.quantization == "int8" else None
+
+
+def _keep_trainable_layout(model: Any) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes 0.50 packs NF4 weights anew in the first evaluation, for a product that has no gradient."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _device_map(plan: ModelPlan) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The Unsloth backend, and the only file that drives it. Importing it imports Unsloth, which must come before transformers, peft and trl."""
+"""The Unsloth backend, and the only file that drives it. To be imported before transformers, peft and trl, which Unsloth patches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 with contextlib.redirect_stdout(sys.stderr):  # its banner
     import unsloth
 
-import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig
 

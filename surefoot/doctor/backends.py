@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,8 +72,6 @@ def _obstacle(backend: Backend, stack: Stack) -> Check | None:
 
 def _is_driven(name: str) -> bool:
     """Whether this version of the program has code for it."""
-    if name == "unsloth":
-        return importlib.util.find_spec("surefoot.backends.unsloth") is not None
     return name != "liger" or any("liger" in flag for flag in FLAGS)
 
 

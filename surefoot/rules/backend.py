@@ -11,7 +11,7 @@ from surefoot.rules.speeds import Speed
 
 INSTALL = "Install Unsloth with: pip install 'surefoot[unsloth]'"
 FALLBACKS = {"hf": "transformers", "bnb": "BitsAndBytes"}
-PLAIN_INITS = (True, False, "gaussian", "orthogonal")  # which are drawn here, whoever attached the adapter
+INITS = (True, False, "gaussian", "orthogonal")  # which are drawn here, whoever attached the adapter
 
 
 def backend(desk: Desk, quantization: str) -> Choice:
@@ -77,19 +77,20 @@ def conflicts(desk: Desk) -> list[str]:
     scratch = dataclasses.replace(desk, problems=[], notes=[])
     precision = model.precision(scratch).value
     instead = "accelerate launch --config_file profiles/ddp.yaml with --backend=auto"
+    by_layer = "--use_gradient_checkpointing=unsloth, True or False"
     rules = (
         (m.world_size > 1, f"is one process on one GPU, and this run has {m.world_size} processes. Use {instead}, or --num_processes 1"),
         (m.world_size == 1 and m.engine != "single", f"takes no {m.engine} profile. Use python finetune.py, or {instead}"),
         (c.adapter_name == "full", "attaches LoRA and DoRA: --adapter_name=full trains every weight. Use --backend=hf"),
         (c.load_8bit, "loads 4-bit or 16-bit weights here. Use --load_4bit=True, or --backend=bnb with --load_8bit=True"),
-        (c.init_lora_weights not in PLAIN_INITS, f"does not take --init_lora_weights={c.init_lora_weights} here. Use True, or --backend=auto"),
+        (c.init_lora_weights not in INITS, f"does not take --init_lora_weights={c.init_lora_weights} here. Use --backend=auto"),
         (c.attn_implementation == "eager", "has no eager attention. Use --attn_implementation=sdpa, or --backend=hf"),
         (c.packing is True, "keeps packed rows apart in its own collator only. Use --packing=False, or --backend=hf"),
-        (c.use_gradient_checkpointing == "selective", "recomputes all layers or none. Use --use_gradient_checkpointing=unsloth, True or False"),
+        (c.use_gradient_checkpointing == "selective", f"recomputes every layer or none. Use {by_layer}"),
         (c.enable_torch_compile is True, "compiles by itself. Drop --enable_torch_compile, or use --backend=hf"),
         (bool(m.gpus) and precision == "fp32", "trains in bf16 or fp16, and the precision is fp32. Use --bf16=True, or --backend=hf"),
-        (not m.gpus and precision != "fp32", f"decides on a CPU by itself whether {precision} is used. Drop --{precision}, or use --backend=hf"),
-    )  # fmt: skip
+        (not m.gpus and precision != "fp32", f"decides alone whether a CPU uses {precision}. Drop --{precision}, or use --backend=hf"),
+    )
     return [text for broken, text in rules if broken]
 
 

@@ -28,9 +28,9 @@ class Choice(NamedTuple):
 class Desk:
     """What the rules read, and what they write down: `problems` stop the plan, `notes` are printed with it.
 
-    obstacle says why the backend asked for cannot run, where that only matters to --strict_backend. verdicts are the attention canary's, unsloth is
-    what a trial of it said, None where nobody asked; speeds are the measured ones.
-    estimate is of the run's memory, None where there is none.
+    obstacle says why the backend asked for cannot run, where that only matters to --strict_backend. verdicts are the attention canary's.
+    unsloth is what a trial of it said, None where nobody asked; speeds are the measured ones. estimate is of the run's memory, None where
+    there is none.
     """
 
     config: Config

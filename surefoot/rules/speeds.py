@@ -15,8 +15,9 @@ class Speed(NamedTuple):
     source: str
 
 
-# Llama-3.1-8B's shape with random weights, r=32 on seven projections, 4 rows of 2,046 to 2,048 tokens, no recompute, one H200, 2026-11-21.
-# Single runs on different machines of that kind: benchmarks/results/fused_h200.txt for ours (stage 3), a bare training loop for Unsloth 2026.10.9.
+# Llama-3.1-8B's shape with random weights, r=32 on seven projections, 4 rows of 2,046 (ours) or 2,048 tokens, no recompute, 2026-11-21;
+# ours: benchmarks/results/fused_h200.txt at stage 3; Unsloth 2026.10.9: a bare training loop on another H200. benchmarks/speed.py measures
+# both in turn; its table is to replace these.
 SOURCE = "single runs on one H200 each, ours at stage 3"
 SPEEDS = (
     Speed("dora", "none", 15_900, 14_237, SOURCE),

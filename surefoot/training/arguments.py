@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from surefoot.errors import BackendError
 from surefoot.plan import Plan, TrainPlan
 
 
@@ -48,8 +49,18 @@ def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
         full_determinism=False,
         **_schedule(t, evaluates),
     )
+    _check(arguments, t)
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would silently become nn.DataParallel
     return arguments
+
+
+def _check(arguments: TrainingArguments, t: TrainPlan) -> None:
+    """Raises BackendError where the arguments are not the plan's: Unsloth's CPU path replaces precisions and optimizers as they are made."""
+    made = {"bf16": arguments.bf16, "fp16": arguments.fp16, "optim": getattr(arguments.optim, "value", arguments.optim)}
+    asked = {"bf16": t.precision == "bf16", "fp16": t.precision == "fp16", "optim": t.optim}
+    changed = [f"{name} {asked[name]} -> {made[name]}" for name in asked if made[name] != asked[name]]
+    if changed:
+        raise BackendError(f"the training arguments were changed after the plan: {', '.join(changed)}. Use --backend=hf")
 
 
 def _schedule(t: TrainPlan, evaluates: bool) -> dict[str, Any]:

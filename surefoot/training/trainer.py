@@ -11,7 +11,7 @@ import transformers
 
 from surefoot.errors import BackendError, NumericsError
 from surefoot.plan import Plan
-from surefoot.training import leak, saved
+from surefoot.training import gpu_memory, leak, saved
 from surefoot.training.arguments import training_arguments
 from surefoot.training.guard import Guard
 from surefoot.training.health import Health
@@ -35,7 +35,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
     health = Health(checks_optimizer=plan.machine.engine in ("single", "ddp"))
     trainer.add_callback(health)
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
-    began = time.perf_counter()
+    reserved, began = gpu_memory.reserved_gib(), time.perf_counter()
     try:
         result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
     except torch.OutOfMemoryError as error:
@@ -51,6 +51,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any) -> d
         "seconds": round(time.perf_counter() - began, 3),
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "memory": _memory(plan, meter),
+        "gpu_memory": gpu_memory.report(reserved, plan.machine.gpu.memory_gib if plan.machine.gpu else None),
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "bad_steps": guard.bad_steps,
         "loss_spikes": guard.spikes,
@@ -143,7 +144,7 @@ def summary_line(summary: dict[str, Any], folder: str) -> str:
         parts.append(f"{len(summary['bad_steps'])} steps were skipped (bad_steps.jsonl)")
     if summary["still_tensors"]:
         parts.append(f"{len(summary['still_tensors'])} tensors did not move, first {summary['still_tensors'][0]}")
-    return f"{_memory_line(summary['memory'])}done: {', '.join(parts)}. Saved in {folder}"
+    return f"{_memory_line(summary['memory'])}{gpu_memory.line(summary['gpu_memory'])}done: {', '.join(parts)}. Saved in {folder}"
 
 
 def _memory_line(memory: dict[str, Any]) -> str:

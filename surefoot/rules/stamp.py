@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 CHANGES_NUMBERS = (
-    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "triton", "flash-attn", "unsloth", "unsloth_zoo", "xformers",
+    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "triton", "flash-attn", "xformers",
+    "unsloth", "unsloth_zoo",
 )  # fmt: skip
 QUANTIZATIONS = {"nf4": "--load_4bit=True", "int8": "--load_8bit=True", "none": "--load_4bit=False --load_8bit=False"}
 PRECISIONS = {"bf16": "--bf16=True", "fp16": "--fp16=True", "fp32": "--bf16=False"}
@@ -24,7 +25,7 @@ def refusal(checkpoint: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
     if "world_size" in changed:
         count = before["world_size"]
         way_out += " under python" if count == 1 else f" under accelerate launch --num_processes {count}"
-    return f"cannot continue {checkpoint}: it was made under other settings ({differences}). {way_out}; or start anew with another --output_dir"
+    return f"cannot continue {checkpoint}: it was made under other settings ({differences}). {way_out}; or give another --output_dir"
 
 
 def drift(before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -55,7 +55,7 @@ def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
 
 
 def _check(arguments: TrainingArguments, t: TrainPlan) -> None:
-    """Raises BackendError where the arguments are not the plan's: Unsloth's CPU path replaces precisions and optimizers as they are made."""
+    """Raises BackendError where they are not the plan's: Unsloth's CPU path replaces precisions and optimizers as they are made."""
     made = {"bf16": arguments.bf16, "fp16": arguments.fp16, "optim": getattr(arguments.optim, "value", arguments.optim)}
     asked = {"bf16": t.precision == "bf16", "fp16": t.precision == "fp16", "optim": t.optim}
     changed = [f"{name} {asked[name]} -> {made[name]}" for name in asked if made[name] != asked[name]]

@@ -56,7 +56,7 @@ def _lora_config(plan: AdapterPlan) -> LoraConfig:
         target_modules=list(plan.target_modules) if plan.target_modules else "all-linear",
         use_dora=plan.method == "dora",
         use_rslora=plan.use_rslora,
-        init_lora_weights=plan.init_lora_weights,
+        init_lora_weights=plan.init_lora_weights if plan.init_lora_weights != "loftq" else True,  # loftq.start() follows
     )
 
 

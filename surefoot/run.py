@@ -78,6 +78,11 @@ def carry_out(plan: Plan, *, say: Any) -> None:
 
         packed.use_varlen(model)
     model = adapters.attach(model, plan.adapter, plan.process.seed, attach_by)
+    if plan.adapter.init_lora_weights == "loftq":
+        from surefoot import loftq
+
+        say(f"LoftQ: {loftq.start(model, plan.model.path, plan.model.revision)} layers start from what quantization lost")
+        adapters.reset_magnitudes(model)
     say(adapters.describe(model))
     if plan.model.fused_adapters:
         say(fuse(model).line())

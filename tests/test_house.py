@@ -26,7 +26,15 @@ LEVELS = {
         "surefoot.memory",
     ],
     2: ["surefoot.decide", "surefoot.plan", "surefoot.plan_text"],
-    3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.evaluate", "surefoot.weights"],
+    3: [
+        "surefoot.runtime",
+        "surefoot.tokens",
+        "surefoot.adapters",
+        "surefoot.artifacts",
+        "surefoot.evaluate",
+        "surefoot.loftq",
+        "surefoot.weights",
+    ],
     4: ["surefoot.run", "surefoot.cli"],
     5: ["finetune"],
 }

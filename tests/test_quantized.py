@@ -7,9 +7,10 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from surefoot import adapters
+from surefoot import adapters, loftq
 from surefoot.backends import hf
-from tests.test_adapters import PROMPT, adapter_plan, model_plan
+from tests.conftest import SMALL_MODEL
+from tests.test_adapters import PROMPT, adapter_plan, logits, model_plan
 
 IDS = {"input_ids": PROMPT, "labels": PROMPT}
 
@@ -60,6 +61,18 @@ def test_quantized_model_when_the_cpu_could_pack_its_weights_then_evaluation_lea
     model.train().zero_grad()
     after = _gradients(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_loftq_when_started_then_the_model_is_nearer_to_its_unquantized_weights(method: str) -> None:
+    exact = logits(hf.load_model(model_plan(), 0, None))
+    plan = model_plan(quantization="nf4")
+    plain = (logits(hf.load_model(plan, 0, None)) - exact).norm()
+    model = adapters.attach(hf.load_model(plan, 0, None), adapter_plan(method=method, lora_r=16, init_lora_weights="loftq"), seed=1)
+    assert loftq.start(model, str(SMALL_MODEL), None) == 28
+    adapters.reset_magnitudes(model)
+    assert (logits(model) - exact).norm() < 0.9 * plain
+    assert model.peft_config["default"].init_lora_weights is True  # plain PEFT loads the adapter as any other
 
 
 def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

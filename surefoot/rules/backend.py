@@ -11,7 +11,7 @@ from surefoot.rules.speeds import Speed
 
 INSTALL = "Install Unsloth with: pip install 'surefoot[unsloth]'"
 FALLBACKS = {"hf": "transformers", "bnb": "BitsAndBytes"}
-INITS = (True, False, "gaussian", "orthogonal")  # which are drawn here, whoever attached the adapter
+INITS = (True, False, "gaussian", "orthogonal", "loftq")  # which are drawn here, whoever attached the adapter
 
 
 def backend(desk: Desk, quantization: str) -> Choice:

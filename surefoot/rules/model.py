@@ -107,8 +107,8 @@ def initial_weights(desk: Desk, quantization: str) -> Choice:
         desk.problems.append(
             "--init_lora_weights=eva takes its directions from training rows before the run, which is not built. Use pissa"
         )
-    if kind == "loftq":
-        desk.problems.append("--init_lora_weights=loftq makes its own quantized base, which is not built. Use --load_4bit=True with True")
+    if kind == "loftq" and quantization != "nf4":
+        desk.problems.append("--init_lora_weights=loftq makes up for what 4-bit weights lose. Add --load_4bit=True, or drop it")
     if kind.startswith(("pissa", "olora")) and quantization != "none":
         desk.problems.append(
             f"--init_lora_weights={init} splits the base weights and needs the unquantized weights. Drop --load_4bit/--load_8bit"

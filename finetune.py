@@ -33,7 +33,7 @@ def main() -> int:
 
         fire.Fire(lambda **flags: train(**flags), command=cli.tidy(argv), serialize=lambda _: None)
     except UnslothRefusedError as refused:
-        runtime.start_again(str(refused))
+        runtime.start_again(refused.reason)
     except SurefootError as error:
         print(f"finetune.py: {error}", file=sys.stderr)
         return error.exit_code

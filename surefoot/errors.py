@@ -42,7 +42,14 @@ class BackendError(SurefootError):
 
 
 class UnslothRefusedError(BackendError):
-    """Unsloth is imported, hence transformers patched, and it does not take this run: only a new process can go on."""
+    """Unsloth is imported, hence transformers patched, and it does not take this run for `reason`: only a new process can go on."""
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.reason}. Start a new process with --backend=hf"
 
 
 def joined(problems: Sequence[str]) -> str:

@@ -36,7 +36,7 @@ def run(config: Config) -> Path:
             carry_out(plan, say=say)
         except UnslothRefusedError as refused:
             if config.strict_backend:
-                raise BackendError(f"--backend={config.backend} --strict_backend: {refused}") from refused
+                raise BackendError(f"--backend={config.backend} --strict_backend: {refused.reason}") from refused
             raise
     return Path(plan.output.folder)
 

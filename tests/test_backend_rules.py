@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from surefoot import cli
 from surefoot.config import Config
 from surefoot.detection import Answer, Case
 from surefoot.errors import BackendError, PlanError, UsageError
@@ -13,7 +14,7 @@ from surefoot.plan import Plan, make_plan, unsloth_to_try
 from surefoot.rules import backend, speeds
 from surefoot.rules.desk import Desk
 from surefoot.rules.speeds import Speed
-from tests.conftest import H200, VERSIONS, inputs, machine
+from tests.conftest import H200, ROOT, VERSIONS, inputs, machine
 
 WITH_UNSLOTH = VERSIONS | {"unsloth": "2026.10.9", "unsloth_zoo": "2026.10.9", "trl": "1.14.2"}
 WORKS = Answer(kind="works", reason="Unsloth 2026.10.9 trained a tiny llama with dora", origin="tried today")
@@ -136,6 +137,23 @@ def test_backend_when_the_weights_contradict_it_then_the_other_is_named_or_fails
     assert f"--backend={name} was asked for" in reason(plan(backend=name, **flags))
     with pytest.raises(BackendError, match=cure):
         plan(backend=name, strict_backend=True, **flags)
+
+
+def test_run_files_when_read_then_give_each_backend_its_own() -> None:
+    bnb, unsloth = (cli.parse({"config": str(ROOT / f"configs/run_{name}.yaml")}) for name in ("bnb", "unsloth"))
+    assert (bnb.backend, bnb.load_4bit, bnb.lora_r, bnb.lora_alpha, bnb.lora_dropout) == ("bnb", True, 32, 64.0, 0.05)
+    assert (unsloth.backend, unsloth.load_4bit, unsloth.lora_r, unsloth.lora_alpha, unsloth.lora_dropout) == (
+        "unsloth",
+        True,
+        32,
+        32.0,
+        0.0,
+    )
+    assert (unsloth.use_gradient_checkpointing, unsloth.eval_step, unsloth.save_step) == ("unsloth", 1, 10)
+    for config in (bnb, unsloth):
+        made = make_plan(config, HERE, inputs(), None, WORKS)
+        assert (made.backend, made.model.quantization, made.train.precision) == (config.backend, "nf4", "bf16")
+        assert made.train.load_best_model_at_end
 
 
 @pytest.mark.parametrize(("alpha", "value"), [("r", 8.0), ("2r", 16.0), ("32", 32.0)])

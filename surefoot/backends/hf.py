@@ -64,8 +64,20 @@ def kernels(model: Any) -> list[str]:
     """What really runs, read off the model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     fused = sum(bool(getattr(module, "is_fused", False)) for module in model.modules())
-    found = [f"attention: {base.config._attn_implementation}"]
+    found = [attention_line(base.config._attn_implementation)]
     return found + ([f"fused adapters: {fused} layers"] if fused else [])
+
+
+def attention_line(name: str) -> str:
+    """An attention and, where SDPA on a GPU does it, the kernels that torch may take."""
+    if name != "sdpa" or not torch.cuda.is_available():
+        return f"attention: {name}"
+    cuda = torch.backends.cuda
+    states = {
+        "cudnn": cuda.cudnn_sdp_enabled(), "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(), "math": cuda.math_sdp_enabled(),
+    }  # fmt: skip
+    return f"attention: sdpa ({', '.join(kernel for kernel, is_on in states.items() if is_on)})"
 
 
 class FrozenLinear(torch.nn.Linear):

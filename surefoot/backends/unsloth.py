@@ -91,7 +91,7 @@ def kernels(model: Any) -> list[str]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if ON_CPU:
         loss = "chunked" if type(base).forward is not base.forward.__func__ else "transformers'"
-        return [f"attention: {base.config._attn_implementation}", "Unsloth's CPU path: layers of transformers and PEFT", f"loss: {loss}"]
+        return [hf.attention_line(base.config._attn_implementation), "Unsloth's CPU path: layers of transformers and PEFT", f"loss: {loss}"]
     from unsloth.utils import attention_dispatch
 
     layers = list(base.get_decoder().layers)
@@ -104,7 +104,7 @@ def kernels(model: Any) -> list[str]:
     is_dora = isinstance(model, PeftModel) and model.peft_config[model.active_adapter].use_dora
     off = "DoRA: Unsloth's LoRA kernels off" if is_dora else "Unsloth's LoRA kernels off"
     return [
-        f"attention: {attention_dispatch.select_attention_backend()}",
+        hf.attention_line(attention_dispatch.select_attention_backend()),
         f"Unsloth's LoRA kernels: {found}" if any(counts.values()) else off,
         f"recompute: {getattr(model, '_unsloth_gradient_checkpointing', None)}",
     ]

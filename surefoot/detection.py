@@ -139,7 +139,8 @@ def _kind(steps: list[str], ending: str) -> str:
         return "attention conflict"
     if "imported" not in steps:
         return "no GPU" if "accelerator" in text or "need a gpu" in text else "failed"
-    return "unknown architecture" if "not yet implemented" in text or "architecture" in text or "not supported" in text else "failed"
+    is_unknown = any(words in text for words in ("not yet implemented", "architecture", "not supported", "unrecognized model"))
+    return "unknown architecture" if is_unknown else "failed"
 
 
 def _child(case: Case) -> tuple[list[str], str]:

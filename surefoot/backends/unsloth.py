@@ -14,14 +14,13 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoConfig
 
 from surefoot.backends import hf
-from surefoot.errors import BackendError, UnslothRefusedError
+from surefoot.errors import UnslothRefusedError
 from surefoot.plan import ModelPlan
 
 # what Unsloth, transformers and PEFT raise for a model or an adapter that they do not take
 REFUSALS = (OSError, ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError, ImportError, AssertionError)
 ON_CPU = unsloth.DEVICE_TYPE == "cpu"
 ATTENTION_SWITCHES = ("HAS_FLASH_ATTENTION", "HAS_XFORMERS")  # of its modules; no environment variable reaches them
-
 
 load_tokenizer = hf.load_tokenizer  # Unsloth's own changes PAD and the chat template
 
@@ -120,7 +119,7 @@ def _force_sdpa() -> None:
     """Makes Unsloth's dispatch choose SDPA, and reads back that it does.
 
     Raises:
-        BackendError: it chooses another.
+        UnslothRefusedError: it chooses another.
     """
     if ON_CPU:
         return
@@ -133,7 +132,7 @@ def _force_sdpa() -> None:
                     setattr(module, switch, False)
     chosen = attention_dispatch.select_attention_backend()
     if chosen != attention_dispatch.SDPA:
-        raise BackendError(f"--attn_implementation=sdpa: Unsloth chooses {chosen} all the same. Uninstall flash-attn and xformers")
+        raise UnslothRefusedError(f"--attn_implementation=sdpa: Unsloth chooses {chosen} all the same")
 
 
 @contextlib.contextmanager

@@ -8,27 +8,38 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from surefoot.errors import UnslothRefusedError
 from surefoot.plan import ModelPlan
 
 SIZES = {  # of config.json, by the names its families share
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "head_dim": 64, "vocab_size": 512, "max_position_embeddings": 256,
 }  # fmt: skip
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKENS = 64
 
 
 def main() -> None:
-    """Reads the case from stdin and prints a line for every step that is done; an error leaves as a traceback."""
-    case = json.load(sys.stdin)
+    """run() for the case on stdin."""
+    run(json.load(sys.stdin))
+
+
+def run(case: dict[str, Any]) -> None:
+    """Prints a line for every step that is done; an error leaves as a traceback.
+
+    Args:
+        case: the fields of detection.Case.
+    """
     from surefoot.backends import unsloth as backend  # before transformers
 
     print("step: imported", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        _write_model(Path(folder), case["model_type"])
-        model = backend.load(_plan(folder, case))
-    print("step: loaded", flush=True)
-    _train(model, case)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_model(Path(folder), case["model_type"])
+            model = backend.load(_plan(folder, case))
+        print("step: loaded", flush=True)
+        _train(model, case)
+    except UnslothRefusedError as refused:
+        raise SystemExit(refused.reason) from None
     print("step: trained", flush=True)
 
 
@@ -57,15 +68,13 @@ def _write_model(folder: Path, model_type: str) -> None:
 
 
 def _train(model: Any, case: dict[str, Any]) -> None:
-    """One forward and backward pass; every trainable tensor that must have a gradient has a finite one."""
+    """One forward and backward pass: the loss and the gradient of every B must be finite (A has none while B is zero)."""
     import torch
     from peft import LoraConfig
 
     from surefoot.backends import unsloth as backend
 
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=list(TARGETS), use_dora=case["method"] == "dora"
-    )
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", use_dora=case["method"] == "dora")
     adapted = backend.attach(model, config, recompute="unsloth", seed=0)
     print("step: attached", flush=True)
     device = next(adapted.parameters()).device

@@ -34,9 +34,8 @@ def is_unsloth(plan: Plan) -> bool:
             "Start it as python finetune.py, or import unsloth first"
         )
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would report each run to the Hub
-    os.environ.setdefault(
-        "UNSLOTH_COMPILE_LOCATION", os.path.join(plan.machine.cache_dir, "unsloth_compiled")
-    )  # else ./unsloth_compiled_cache
+    # else it makes ./unsloth_compiled_cache
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", os.path.join(plan.machine.cache_dir, "unsloth_compiled"))
     return True
 
 

@@ -10,6 +10,7 @@ from typing import Any
 with contextlib.redirect_stdout(sys.stderr):  # its banner
     import unsloth
 
+import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig
 
@@ -57,6 +58,7 @@ def load(plan: ModelPlan) -> Any:
             load_in_4bit=plan.quantization == "nf4",
             use_gradient_checkpointing=plan.use_gradient_checkpointing,
             attn_implementation=plan.attn_implementation,
+            device_map=None if ON_CPU else {"": torch.cuda.current_device()},  # else it spreads over all that are visible
             use_exact_model_name=True,  # else it may load a quantized copy of the model from its own account
         )
     if plan.quantization == "nf4" and not getattr(model, "is_loaded_in_4bit", False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -29,17 +30,19 @@ def run(case: dict[str, Any]) -> None:
     Args:
         case: the fields of detection.Case.
     """
-    from surefoot.backends import unsloth as backend  # before transformers
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", f"{folder}/compiled")
+        from surefoot.backends import unsloth as backend  # before transformers
 
-    print("step: imported", flush=True)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            _write_model(Path(folder), case["model_type"])
+        print("step: imported", flush=True)
+        _write_model(Path(folder), case["model_type"])
+        try:
             model = backend.load(_plan(folder, case))
-        print("step: loaded", flush=True)
-        _train(model, case)
-    except UnslothRefusedError as refused:
-        raise SystemExit(refused.reason) from None
+            print("step: loaded", flush=True)
+            _train(model, case)
+        except UnslothRefusedError as refused:
+            raise SystemExit(refused.reason) from None
     print("step: trained", flush=True)
 
 

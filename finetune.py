@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from surefoot import cli, last_words, signals
+from surefoot import cli, last_words, runtime, signals
 from surefoot.config import FLAGS, Config
-from surefoot.errors import SurefootError
+from surefoot.errors import SurefootError, UnslothRefusedError
 from surefoot.run import run
 
 
@@ -32,6 +32,8 @@ def main() -> int:
         import fire
 
         fire.Fire(lambda **flags: train(**flags), command=cli.tidy(argv), serialize=lambda _: None)
+    except UnslothRefusedError as refused:
+        runtime.start_again(refused.reason)
     except SurefootError as error:
         signals.ignore()
         return last_words.say(error)

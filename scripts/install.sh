@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# install.sh VENV LOCK: a virtual environment with the locked packages and this checkout, by uv where it is installed, else by pip.
+# install.sh VENV LOCK: a virtual environment with the locked packages, Unsloth and this checkout, by uv where it is installed, else by pip.
 set -euo pipefail
 
 venv=${1:?the folder of the virtual environment}
@@ -26,4 +26,5 @@ else
   "${install[@]}" "torch==$torch+cpu" 2>/dev/null || "${install[@]}" --index-url "$torch_cpu_index" "torch==$torch+cpu"
 fi
 "${install[@]}" --requirement "$lock"
+"${install[@]}" --no-deps --requirement scripts/unsloth.lock
 "${install[@]}" --no-deps --editable .

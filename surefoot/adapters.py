@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ ADAPTER = "default"
 EMPTY_ROW = 1e-6  # of the mean row norm: far below bf16's rounding of the other rows' outputs
 
 
-def attach(model: Any, plan: AdapterPlan, seed: int) -> Any:
+def attach(model: Any, plan: AdapterPlan, seed: int, by: Callable[[Any, LoraConfig], Any] | None = None) -> Any:
     """The model with its trainable part: a PeftModel, or the model itself for method full.
 
     Args:
         model: the base model, fp32 or quantized.
         seed: of the adapter's random A; every rank passes the same.
+        by: makes the PeftModel and prepares the base for training; None: PEFT.
 
     Raises:
         BackendError: PEFT cannot adapt this model so.
@@ -29,10 +31,10 @@ def attach(model: Any, plan: AdapterPlan, seed: int) -> Any:
     torch.manual_seed(seed)
     if plan.method == "full":
         return model.requires_grad_(True)
-    if getattr(model, "is_quantized", False):
+    if by is None and getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
-        adapted = get_peft_model(model, _lora_config(plan))
+        adapted = (by or get_peft_model)(model, _lora_config(plan))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise BackendError(f"PEFT cannot attach {plan.method} to {type(model).__name__}: {error}") from error
     for parameter in adapted.parameters():
@@ -54,7 +56,7 @@ def _lora_config(plan: AdapterPlan) -> LoraConfig:
         target_modules=list(plan.target_modules) if plan.target_modules else "all-linear",
         use_dora=plan.method == "dora",
         use_rslora=plan.use_rslora,
-        init_lora_weights=plan.init_lora_weights,
+        init_lora_weights=plan.init_lora_weights if plan.init_lora_weights != "loftq" else True,  # loftq.start() follows
     )
 
 

@@ -6,7 +6,7 @@ import datetime
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ OURS = (
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
     "checkpoint-*", "runs",
 )  # fmt: skip
+REASONED = ("backend", "precision", "quantization", "attn_implementation", "sdpa_kernels", "use_gradient_checkpointing", "fused_adapters")
 
 
 @dataclass(kw_only=True)
@@ -61,12 +62,16 @@ class RunFolder:
 
 
 @contextmanager
-def opened(plan: Plan) -> Iterator[RunFolder]:
-    """The run folder, its record begun; on the way out run.json says done, or failed and why."""
+def opened(plan: Plan, kernels: Sequence[str] = ()) -> Iterator[RunFolder]:
+    """The run folder, its record begun; on the way out run.json says done, or failed and why.
+
+    Args:
+        kernels: those that really run, for backend.json.
+    """
     path = Path(plan.output.folder)
     folder = RunFolder(path=path, is_main=plan.machine.is_main, resumes=plan.output.resume_from is not None)
     if folder.is_main:
-        _begin(plan, folder)
+        _begin(plan, folder, kernels)
     if folder.resumes:
         folder.record = _continued(_read_json(path / "run.json"), plan.output.resume_from)
     folder.note(status="running", **({} if folder.resumes else {"started": _now()}), plan=as_record(plan), code=code_state())
@@ -96,11 +101,14 @@ def vacant(plan: Plan) -> Path | None:
     return path
 
 
-def _begin(plan: Plan, folder: RunFolder) -> None:
+def _begin(plan: Plan, folder: RunFolder, kernels: Sequence[str]) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     if plan.output.clears_earlier_run or not folder.resumes:
         _clear(folder.path)
-    write_json(folder.path / "backend.json", plan.stamp() | {"versions": plan.machine.versions})
+    reasons = {choice.name: choice.reason for choice in plan.choices if choice.name in REASONED and choice.reason}
+    write_json(
+        folder.path / "backend.json", plan.stamp() | {"versions": plan.machine.versions, "kernels": list(kernels), "reasons": reasons}
+    )
 
 
 def _clear(path: Path) -> None:

@@ -36,7 +36,13 @@ class Config:
 
     adapter_name: str = _flag("lora", "adapter", "what is trained", choices=("lora", "dora", "rslora", "full"))
     lora_r: int = _flag(8, "adapter", "rank", low=1)
-    lora_alpha: float = _flag(16.0, "adapter", "scale numerator: alpha / r, with rslora alpha / sqrt(r)", low=1e-6)
+    lora_alpha: float | str = _flag(
+        16.0,
+        "adapter",
+        "scale numerator: alpha / r, with rslora alpha / sqrt(r); r or 2r: that times the rank",
+        choices=("r", "2r"),
+        low=1e-6,
+    )
     lora_dropout: float = _flag(0.05, "adapter", "dropout on the adapter's input; DoRA is faster at 0", low=0.0)
     use_rslora: bool = _flag(False, "adapter", "scale by sqrt(r), also with dora")
     target_modules: tuple[str, ...] | None = _flag(None, "adapter", "layer names to adapt; default: every linear layer but the head")

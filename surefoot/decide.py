@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from surefoot.rules import attention, fast, launch, memory, model, packing, process, resume, supported, training
+from surefoot.rules import attention, backend, fast, launch, memory, model, packing, process, resume, supported, training
 from surefoot.rules.desk import Choice, Desk
 
 if TYPE_CHECKING:
@@ -28,11 +28,12 @@ def decisions(desk: Desk) -> dict[str, Choice]:
 def _decide(desk: Desk) -> Iterator[Choice]:
     quantization = model.quantization(desk)
     precision = model.precision(desk)
-    yield model.backend(desk, quantization.value)
+    chosen = backend.backend(desk, quantization.value)
+    yield chosen
     yield quantization
     yield precision
-    yield model.compute_dtype(desk, quantization.value, precision.value)
-    yield from model.method(desk)
+    yield model.compute_dtype(desk, chosen.value, quantization.value, precision.value)
+    yield from model.method(desk, chosen.value)
     yield model.targets(desk)
     yield model.initial_weights(desk, quantization.value)
     implementation = attention.implementation(desk)
@@ -70,6 +71,7 @@ def stamp(plan: Plan) -> dict[str, Any]:
             "method": adapter.method,
             "r": adapter.lora_r,
             "alpha": adapter.lora_alpha,
+            "dropout": adapter.lora_dropout,
             "rslora": adapter.use_rslora,
             "target_modules": list(adapter.target_modules) if adapter.target_modules else None,
         },

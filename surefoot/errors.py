@@ -46,6 +46,17 @@ class BackendError(SurefootError):
     exit_code = 5
 
 
+class UnslothRefusedError(BackendError):
+    """Unsloth is imported, hence transformers patched, and it does not take this run for `reason`: only a new process can go on."""
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.reason}. Start a new process with --backend=hf"
+
+
 class Preempted(SurefootError):  # noqa: N818 - no error: the run did what it was asked
     exit_code = 75
 

@@ -100,9 +100,10 @@ def _as_words(raw: Any) -> tuple[str, ...] | None:
 
 def _check(flag: dataclasses.Field[Any], value: Any) -> None:
     low, choices = flag.metadata["low"], flag.metadata["choices"]
-    if low is not None and value < low:
+    is_free = isinstance(value, (bool, float)) and type(value) in kinds(flag) and str in kinds(flag)  # choices are its words
+    if low is not None and not isinstance(value, str) and value < low:
         raise UsageError(f"--{flag.name}={value} is too small: the least is {low:g}")
-    if not choices or (isinstance(value, bool) and bool in kinds(flag)):
+    if not choices or is_free:
         return
     for item in value if isinstance(value, tuple) else (value,):
         if flag.name == "adapter_name" and item in compat.RETIRED_ADAPTERS:

@@ -15,8 +15,10 @@ from typing import Any
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "bitsandbytes", "deepspeed",
-    "flash-attn", "liger-kernel", "triton", "unsloth", "trl", "tensorboard", "wandb", "trackio", "mlflow", "fire",
+    "flash-attn", "xformers", "liger-kernel", "triton", "unsloth", "unsloth_zoo", "trl", "tensorboard", "wandb", "trackio", "mlflow",
+    "fire",
 )  # fmt: skip
+UNSLOTH_REFUSED = "SUREFOOT_UNSLOTH_REFUSED"  # set by a run for the one that takes its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class Machine:
     cpu_name: str = ""
     driver: str | None = None
     stop_file: str | None = None
+    unsloth_switches: tuple[str, ...] = ()  # its own environment variables, as NAME=value
+    unsloth_refused: str | None = None  # why this run, when it was first started, could not go on with Unsloth
 
     @property
     def is_main(self) -> bool:
@@ -112,6 +116,8 @@ def probe() -> Machine:
         cpu_name=_cpu_name(),
         driver=_driver(),
         stop_file=env.get("SUREFOOT_STOP_FILE") or None,
+        unsloth_switches=tuple(sorted(f"{name}={value}" for name, value in env.items() if name.startswith("UNSLOTH_"))),
+        unsloth_refused=env.get(UNSLOTH_REFUSED),
     )
 
 

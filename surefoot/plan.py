@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from surefoot import decide
 from surefoot.config import FLAGS, Config
+from surefoot.detection import Answer, Case
 from surefoot.errors import BackendError, PlanError, joined
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
 from surefoot.memory import Estimate
-from surefoot.rules import attention, launch, resume
+from surefoot.rules import attention, backend, launch, resume, stamp
 from surefoot.rules.desk import Choice, Desk
 from surefoot.verdicts import Shape, Verdicts
 
@@ -32,6 +33,8 @@ class ModelPlan:
     compute_dtype: str
     frozen_dtype: str
     loads_on_gpu: bool
+    cutoff_len: int
+    use_gradient_checkpointing: bool | str  # read by Unsloth, which recomputes by itself
     enable_torch_compile: bool
     fused_adapters: bool
     fused_loss: bool
@@ -158,24 +161,33 @@ def _pick(kind: type[T], config: Config, **decided: Any) -> T:
     return kind(**{**same, **{name: value for name, value in decided.items() if name in names}})
 
 
-def attention_to_check(config: Config, machine: Machine, inputs: Inputs) -> Shape | None:
+def attention_to_check(config: Config, machine: Machine, inputs: Inputs, unsloth: Answer | None = None) -> Shape | None:
     """What the attention canary must try before make_plan(); None where nothing but eager attention, or no GPU, is in question."""
-    desk = Desk(config=config, machine=machine, inputs=inputs, problems=[], notes=[])
+    desk = Desk(config=config, machine=machine, inputs=inputs, unsloth=unsloth, problems=[], notes=[])
     launch.processes(desk)
     return None if desk.problems else attention.to_check(desk)  # a process without a GPU has none to try them on
 
 
-def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdicts | None = None) -> Plan:
+def unsloth_to_try(config: Config, machine: Machine, inputs: Inputs) -> Case | None:
+    """What a trial of Unsloth must answer before make_plan(); None where Unsloth is not in question."""
+    return backend.question(Desk(config=config, machine=machine, inputs=inputs, problems=[], notes=[]))
+
+
+def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdicts | None = None, unsloth: Answer | None = None) -> Plan:
     """All cross-field rules and every automatic choice.
 
     Args:
         verdicts: of the attention canary on this machine; None: nothing was checked.
+        unsloth: what a trial of Unsloth said; None: nobody asked.
 
     Raises:
         PlanError: every contradiction and every wrong path at once, each with its way out.
         BackendError: --strict_backend and the backend asked for cannot run.
     """
-    desk = Desk(config=config, machine=machine, inputs=inputs, verdicts=verdicts, problems=list(inputs.problems), notes=list(config.notes))
+    desk = Desk(
+        config=config, machine=machine, inputs=inputs, verdicts=verdicts, unsloth=unsloth,
+        problems=list(inputs.problems), notes=list(config.notes),
+    )  # fmt: skip
     decided = decide.decisions(desk)
     choices = tuple(decided.values()) + tuple(
         Choice(name, getattr(config, name), config.source(name), "")
@@ -217,18 +229,16 @@ def make_plan(config: Config, machine: Machine, inputs: Inputs, verdicts: Verdic
         choices=choices,
         notes=tuple(desk.notes),
     )
-    _check_stamp(plan, inputs)
-    return plan
+    return _check_stamp(plan, inputs, desk.obstacle)
 
 
-def _check_stamp(plan: Plan, inputs: Inputs) -> None:
-    """A resumed run must be the same training: same base, backend, dtypes, quantization, adapter, processes."""
-    before, now = inputs.resume_stamp, plan.stamp()
+def _check_stamp(plan: Plan, inputs: Inputs, obstacle: str | None) -> Plan:
+    """A resumed run must be the same training (its stamp); other versions of the libraries are a note."""
+    before = inputs.resume_stamp
     if plan.output.resume_from is None or before is None:
-        return
-    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
-    if changed:
-        raise PlanError(
-            f"cannot continue {plan.output.resume_from}: it was made under other settings ({'; '.join(changed)}). "
-            "Give the same settings again, or start a new run with another --output_dir"
-        )
+        return plan
+    refusal = stamp.refusal(plan.output.resume_from, before, plan.stamp())
+    if refusal:
+        raise PlanError(refusal + (f". Now: {obstacle}" if obstacle else ""))
+    drift = stamp.drift(before["versions"], plan.machine.versions) if isinstance(before.get("versions"), dict) else ""
+    return dataclasses.replace(plan, notes=(*plan.notes, drift)) if drift else plan

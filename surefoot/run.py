@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surefoot import inputs, machine, plan_text, runtime, signals, verdicts
+from surefoot import detection, inputs, machine, plan_text, runtime, signals, verdicts
 from surefoot.config import Config
-from surefoot.plan import Plan, attention_to_check, make_plan
+from surefoot.errors import BackendError, UnslothRefusedError
+from surefoot.plan import Plan, attention_to_check, make_plan, unsloth_to_try
 
 
 def run(config: Config) -> Path:
@@ -29,28 +30,41 @@ def _run(config: Config, here: machine.Machine, request: signals.StopRequest) ->
     if here.gpus and not config.dry_run:
         found = inputs.with_hub_config(found, config.revision)
     say = partial(print, flush=True) if here.is_main else _silent
-    shape = attention_to_check(config, here, found)
+    case = unsloth_to_try(config, here, found)
+    tried = None if case is None else detection.known(here, case) if config.dry_run else detection.ask(here, case, say=say)
+    shape = attention_to_check(config, here, found, tried)
     checked = None if shape is None else verdicts.known(here, shape) if config.dry_run else verdicts.ask(here, shape, say=say)
-    plan = make_plan(config, here, found, checked)
+    plan = make_plan(config, here, found, checked, tried)
     say(plan_text.as_json(plan) if config.plan_json else plan_text.table(plan, all_rows=config.dry_run))
     if plan.output.is_finished:
         say(f"the run in {plan.output.folder} is finished: nothing is left to do")
     elif not config.dry_run:
-        carry_out(plan, request, say=say)
+        try:
+            carry_out(plan, request, say=say)
+        except UnslothRefusedError as refused:
+            if config.strict_backend:
+                raise BackendError(f"--backend={config.backend} --strict_backend: {refused.reason}") from refused
+            raise
     return Path(plan.output.folder)
 
 
 def carry_out(plan: Plan, request: signals.StopRequest, *, say: Any) -> None:
     """Everything that needs torch, in order. The run folder is touched only once rows and model are good."""
+    attach_by = None
+    if runtime.is_unsloth(plan):  # first: it patches transformers, peft and trl as they are imported
+        from surefoot.backends import unsloth as backend
+
+        attach_by = partial(backend.attach, recompute=plan.model.use_gradient_checkpointing, seed=plan.process.seed)
+    else:
+        from surefoot.backends import hf as backend  # type: ignore[no-redef]
     from surefoot import adapters, artifacts, tokens, weights
-    from surefoot.backends import hf
     from surefoot.data import audit, packing, prepare, rows
     from surefoot.ops import head
     from surefoot.ops.fuse import fuse
     from surefoot.training import trainer
 
     runtime.apply(plan.process)
-    tokenizer = hf.load_tokenizer(plan.model)
+    tokenizer = backend.load_tokenizer(plan.model)
     pad = tokens.settle(tokenizer)
     say(f"PAD: {pad.token} (id {pad.token_id}), {pad.reason}")
     try:
@@ -62,7 +76,7 @@ def carry_out(plan: Plan, request: signals.StopRequest, *, say: Any) -> None:
         raise
     plan, data = packing.settle(plan, data)
     say("\n".join(data.report.lines()))
-    model = hf.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)
+    model = backend.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)
     zero_rows = weights.zero_rows(model, plan.adapter.target_modules)
     if zero_rows:
         say(weights.describe(zero_rows, plan.adapter.method))
@@ -70,7 +84,12 @@ def carry_out(plan: Plan, request: signals.StopRequest, *, say: Any) -> None:
         from surefoot.attention import packed
 
         packed.use_varlen(model)
-    model = adapters.attach(model, plan.adapter, plan.process.seed)
+    model = adapters.attach(model, plan.adapter, plan.process.seed, attach_by)
+    if plan.adapter.init_lora_weights == "loftq":
+        from surefoot import loftq
+
+        say(f"LoftQ: {loftq.start(model, plan.model.path, plan.model.revision)} layers start from what quantization lost")
+        adapters.reset_magnitudes(model)
     say(adapters.describe(model))
     if plan.model.fused_adapters:
         say(fuse(model, in_pieces=plan.machine.cuts_weights).line())
@@ -81,7 +100,9 @@ def carry_out(plan: Plan, request: signals.StopRequest, *, say: Any) -> None:
     if plan.model.enable_torch_compile:
         count = adapters.compile_layers(model, in_pieces=plan.machine.cuts_weights)
         say(f"torch.compile: {count} decoder layers, compiled at their first step")
-    with artifacts.opened(plan) as folder:
+    kernels = backend.kernels(model)
+    say(f"active: {'; '.join(kernels)}")
+    with artifacts.opened(plan, kernels) as folder:
         folder.note(pad=pad._asdict(), zero_rows=zero_rows)
         folder.note_data(data.report.as_record())
         if folder.is_main:

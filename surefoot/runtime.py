@@ -4,14 +4,48 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
-from surefoot.plan import ProcessPlan
+from surefoot.errors import BackendError
+from surefoot.machine import UNSLOTH_REFUSED
+from surefoot.plan import Plan, ProcessPlan
 
 
 def debug_switches() -> None:
     """CUDA reads these when it starts, so they are set before the machine is probed. They serialise every kernel: --debug only."""
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     os.environ["TORCH_USE_CUDA_DSA"] = "1"
+
+
+def is_unsloth(plan: Plan) -> bool:
+    """True where this process is to import Unsloth next; its environment is then set.
+
+    Raises:
+        BackendError: this process has imported what Unsloth must come before, or Unsloth where the plan is another backend's.
+    """
+    if plan.backend != "unsloth":
+        if "unsloth" in sys.modules:
+            raise BackendError(f"--backend={plan.backend}: this process has imported Unsloth, which patched transformers. Start a new one")
+        return False
+    early = [name for name in ("transformers", "peft", "trl") if name in sys.modules]
+    if early and "unsloth" not in sys.modules:
+        raise BackendError(
+            f"--backend=unsloth: this process imported {', '.join(early)} before Unsloth, which patches them as they are imported. "
+            "Start it as python finetune.py, or import unsloth first"
+        )
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would report each run to the Hub
+    # else it makes ./unsloth_compiled_cache
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", os.path.join(plan.machine.cache_dir, "unsloth_compiled"))
+    return True
+
+
+def start_again(reason: str) -> NoReturn:
+    """Puts a new process, with the same command, in this one's place; machine.probe() finds there why Unsloth was given up."""
+    print(f"{reason}. Starting again without Unsloth", flush=True)
+    os.environ[UNSLOTH_REFUSED] = reason
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def apply(plan: ProcessPlan) -> None:

@@ -164,7 +164,7 @@ def test_sdpa_switches_when_attention_is_eager_then_say_they_have_no_effect() ->
 
 
 def test_backend_when_unsloth_is_asked_for_then_falls_back_loudly_or_fails_strictly() -> None:
-    assert any("falling back to hf" in note for note in plan(backend="unsloth").notes)
+    assert any("Falling back to transformers backend" in note for note in plan(backend="unsloth").notes)
     with pytest.raises(BackendError) as caught:
         plan(backend="unsloth", strict_backend=True)
     assert caught.value.exit_code == 5

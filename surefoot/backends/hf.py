@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from surefoot.errors import BackendError, UsageError
@@ -38,7 +39,7 @@ def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str,
         config = AutoConfig.from_pretrained(plan.path, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
     config.use_cache = False
     if target_modules:
-        _check_targets(plan, config, target_modules)
+        check_targets(plan, config, target_modules)
     with _named(plan, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             plan.path,
@@ -50,12 +51,33 @@ def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str,
             attn_implementation=plan.attn_implementation,
             quantization_config=_quantization(plan),
         )
+    _keep_trainable_layout(model)
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary_size > rows:
         model.resize_token_embeddings(vocabulary_size, pad_to_multiple_of=EMBEDDING_MULTIPLE, mean_resizing=False)
     if plan.frozen_dtype != "fp32":
         _widen(model)
     return model
+
+
+def kernels(model: Any) -> list[str]:
+    """What really runs, read off the model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    fused = sum(bool(getattr(module, "is_fused", False)) for module in model.modules())
+    found = [attention_line(base.config._attn_implementation)]
+    return found + ([f"fused adapters: {fused} layers"] if fused else [])
+
+
+def attention_line(name: str) -> str:
+    """An attention and, where SDPA on a GPU does it, the kernels that torch may take."""
+    if name != "sdpa" or not torch.cuda.is_available():
+        return f"attention: {name}"
+    cuda = torch.backends.cuda
+    states = {
+        "cudnn": cuda.cudnn_sdp_enabled(), "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(), "math": cuda.math_sdp_enabled(),
+    }  # fmt: skip
+    return f"attention: sdpa ({', '.join(kernel for kernel, is_on in states.items() if is_on)})"
 
 
 class FrozenLinear(torch.nn.Linear):
@@ -100,6 +122,13 @@ def _quantization(plan: ModelPlan) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(load_in_8bit=True) if plan.quantization == "int8" else None
 
 
+def _keep_trainable_layout(model: Any) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes 0.50 packs NF4 weights anew in the first evaluation, for a product that has no gradient."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _device_map(plan: ModelPlan) -> dict[str, Any] | None:
     """Straight to this process's GPU, or into host memory; what is quantized is made where it computes."""
     if plan.quantization == "none" and not plan.loads_on_gpu:
@@ -107,8 +136,8 @@ def _device_map(plan: ModelPlan) -> dict[str, Any] | None:
     return {"": torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"}
 
 
-def _check_targets(plan: ModelPlan, config: Any, target_modules: tuple[str, ...]) -> None:
-    """Every name must meet a layer: PEFT ignores a misspelt name as long as another one matches."""
+def check_targets(plan: ModelPlan, config: Any, target_modules: tuple[str, ...]) -> None:
+    """Raises UsageError unless every name meets a layer: PEFT ignores a misspelt name as long as another one matches."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=plan.trust_remote_code)
     linear = [name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)]

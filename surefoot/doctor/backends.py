@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,11 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 functional.dequantize_4bit(*functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4"))
 """
 
+TRY_UNSLOTH = """
+from surefoot.backends import unsloth_trial
+unsloth_trial.run({"model_type": "llama", "method": "lora", "quantization": "none", "dtype": "bf16"})
+"""
+
 
 class Backend(NamedTuple):
     """A way to run. code must succeed; least_capability None: needs no GPU."""
@@ -36,7 +40,7 @@ class Backend(NamedTuple):
 BACKENDS = (
     Backend("hf", "every run", "transformers", "import accelerate, peft\nfrom transformers import AutoModelForCausalLM, Trainer"),
     Backend("bnb", "--load_4bit and --load_8bit", "bitsandbytes", QUANTIZE),
-    Backend("unsloth", "--backend unsloth", "unsloth", "import unsloth", (7, 0)),
+    Backend("unsloth", "--backend unsloth", "unsloth", TRY_UNSLOTH, (7, 0)),
     Backend("deepspeed", "DeepSpeed profiles", "deepspeed", "import deepspeed"),
     Backend("flash_attention_2", "stage 2", "flash-attn", "import torch, flash_attn, flash_attn_2_cuda", (8, 0)),
     Backend("liger", "Liger kernels", "liger-kernel", "import liger_kernel.transformers", (7, 0)),
@@ -73,8 +77,6 @@ def _obstacle(backend: Backend, stack: Stack) -> Check | None:
 
 def _is_driven(name: str) -> bool:
     """Whether this version of the program has code for it."""
-    if name == "unsloth":
-        return importlib.util.find_spec("surefoot.backends.unsloth") is not None
     return name != "liger" or any("liger" in flag for flag in FLAGS)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from surefoot.rules import model
+from surefoot.rules import backend, model
 from surefoot.rules.desk import Choice, Desk
 from surefoot.verdicts import SDPA_KERNELS, Shape
 
@@ -41,7 +41,11 @@ def implementation(desk: Desk) -> Choice:
         desk.problems.append(f"--attn_implementation=flash_attention_2 {missing}. Use --attn_implementation=sdpa, or eager")
         return desk.as_given("attn_implementation")
     reasons = []
-    for name in LADDER[LADDER.index(wanted) :]:
+    ladder = [name for name in LADDER[LADDER.index(wanted) :] if name != "eager" or not backend.uses_unsloth(desk)]
+    if not given and wanted != desk.stage.attn_implementation:
+        source = "auto"
+        reasons.append(f"Unsloth has no {desk.stage.attn_implementation} attention; flash-attn and xformers are off inside it")
+    for name in ladder:
         obstacle = missing if name == "flash_attention_2" and missing else _failure(desk, name)
         if not obstacle:
             break
@@ -55,6 +59,8 @@ def implementation(desk: Desk) -> Choice:
 
 
 def _wanted(desk: Desk) -> str:
+    if desk.config.attn_implementation is None and desk.stage.attn_implementation == "eager" and backend.uses_unsloth(desk):
+        return "sdpa"
     return desk.config.attn_implementation or desk.stage.attn_implementation
 
 
@@ -169,4 +175,6 @@ def compiling(desk: Desk) -> Choice:
     c = desk.config
     if c.enable_torch_compile is not None:
         return desk.as_given("enable_torch_compile", "one decoder layer at a time" if c.enable_torch_compile else "")
+    if backend.uses_unsloth(desk):
+        return Choice("enable_torch_compile", False, "auto", "Unsloth compiles what it wants by itself")
     return Choice("enable_torch_compile", desk.stage.enable_torch_compile, f"stage {c.stage}", "")

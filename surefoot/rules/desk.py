@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from surefoot.config import Config
+from surefoot.detection import Answer
 from surefoot.inputs import Inputs
 from surefoot.machine import Machine
 from surefoot.memory import Estimate
+from surefoot.rules.speeds import SPEEDS, Speed
 from surefoot.stages import STAGES, Stage
 from surefoot.verdicts import Verdicts
 
@@ -27,7 +29,8 @@ class Desk:
     """What the rules read, and what they write down: `problems` stop the plan, `notes` are printed with it.
 
     obstacle says why the backend asked for cannot run, where that only matters to --strict_backend. verdicts are the attention canary's.
-    estimate is of the run's memory, None where there is none.
+    unsloth is what a trial of it said, None where nobody asked; speeds are the measured ones. estimate is of the run's memory, None where
+    there is none.
     """
 
     config: Config
@@ -37,6 +40,8 @@ class Desk:
     notes: list[str]
     obstacle: str | None = field(default=None)
     verdicts: Verdicts | None = field(default=None)
+    unsloth: Answer | None = field(default=None)
+    speeds: tuple[Speed, ...] = field(default=SPEEDS)
     estimate: Estimate | None = field(default=None)
 
     @property

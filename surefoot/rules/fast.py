@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from surefoot.rules import backend
 from surefoot.rules.desk import Choice, Desk
 
 # model_type of those whose logits are the head's product and nothing else (no soft cap, no scale)
@@ -41,12 +42,16 @@ def _unless(desk: Desk, name: str, obstacle: str) -> Choice:
 
 
 def _adapters_obstacle(desk: Desk) -> str:
-    return "every weight is trained" if desk.config.adapter_name == "full" else ""
+    if desk.config.adapter_name == "full":
+        return "every weight is trained"
+    return "Unsloth has its own" if backend.uses_unsloth(desk) else ""
 
 
 def _loss_obstacle(desk: Desk) -> str:
     if desk.config.adapter_name == "full":
         return "the head is trained"
+    if backend.uses_unsloth(desk):
+        return "Unsloth has its own"
     found = desk.inputs.model_config
     if found is None:
         return "no config.json tells how the model makes its logits"
@@ -59,6 +64,8 @@ def frozen_dtype(desk: Desk, quantization: str, precision: str) -> Choice:
     c = desk.config
     stored = _stored_in(desk)
     init = c.init_lora_weights
+    if backend.uses_unsloth(desk):
+        return Choice("frozen_dtype", precision, "auto", "Unsloth stores the whole model so")
     if quantization != "none":
         return Choice("frozen_dtype", "fp32", "auto", "of what is not quantized")
     if c.adapter_name == "full":

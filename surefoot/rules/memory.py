@@ -23,6 +23,9 @@ def recompute(desk: Desk, values: Mapping[str, Any]) -> Iterator[Choice]:
         values: everything decided before, by name.
     """
     asked = getattr(desk.config, NAME)
+    if values["backend"] == "unsloth":
+        yield from _left_to_unsloth(desk)
+        return
     yield desk.as_given(NAME, "unsloth's recompute needs the unsloth backend; the plain one is used" if asked == "unsloth" else "")
     obstacle = _obstacle(desk, values)
     plain = None if obstacle else _estimate(desk, values)
@@ -34,6 +37,18 @@ def recompute(desk: Desk, values: Mapping[str, Any]) -> Iterator[Choice]:
         return
     desk.estimate = plain.at(recompute_layers=count)
     _warn(desk, desk.estimate)
+
+
+def _left_to_unsloth(desk: Desk) -> Iterator[Choice]:
+    """Its own recompute, which offloads what it keeps to the host; nothing is estimated, since its layers keep other activations."""
+    asked = getattr(desk.config, NAME)
+    if asked == "auto":
+        yield Choice(NAME, "unsloth", "auto", "Unsloth's own, as its users expect; False is faster where the memory allows it")
+    else:
+        yield desk.as_given(NAME, "through Unsloth")
+    yield Choice("recompute_layers", 0, "auto", "left to Unsloth")
+    if desk.machine.gpus:
+        desk.notes.append("memory was not estimated: Unsloth's layers keep other activations")
 
 
 def _obstacle(desk: Desk, values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""How the base model is loaded and what is trained: quantization, backend, precision, adapter."""
+"""How the base model is loaded and what is trained: quantization, precision, adapter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from surefoot.machine import Gpu
 from surefoot.rules.desk import Choice, Desk
+
+ALPHA_RULES = {"r": 1, "2r": 2}
 
 
 def quantization(desk: Desk) -> Choice:
@@ -18,20 +20,6 @@ def quantization(desk: Desk) -> Choice:
         desk.problems.append(f"--{flag}=True needs bitsandbytes, which is not installed: pip install 'surefoot[bnb]'")
     reason = "NF4, double quantization" if kind == "nf4" else "frozen weights keep their precision" if kind == "none" else ""
     return Choice("quantization", kind, c.source(flag) if kind != "none" else "default", reason)
-
-
-def backend(desk: Desk, quantization: str) -> Choice:
-    c = desk.config
-    name = "hf" if quantization == "none" else "bnb"
-    why = "frozen weights are not quantized" if name == "hf" else "quantized weights are bitsandbytes'"
-    if c.backend == "unsloth":
-        desk.obstacle = "this version does not drive Unsloth yet"
-        reason = f"unsloth was asked for, but {desk.obstacle}: falling back to {name} ({why})"
-        desk.notes.append(reason)
-        return Choice("backend", name, "auto", reason)
-    if c.backend in ("auto", name):
-        return Choice("backend", name, c.source("backend") if c.backend != "auto" else "auto", why)
-    return Choice("backend", name, "auto", f"--backend={c.backend} was asked for, but {why}")
 
 
 def precision(desk: Desk) -> Choice:
@@ -61,15 +49,15 @@ def precision(desk: Desk) -> Choice:
     return Choice("precision", "fp16", "auto", f"{m.gpu.name} has no bf16 (compute capability {_version(m.gpu)} < 8.0)")
 
 
-def compute_dtype(desk: Desk, quantization: str, precision: str) -> Choice:
-    if quantization == "none":
+def compute_dtype(desk: Desk, backend: str, quantization: str, precision: str) -> Choice:
+    if quantization == "none" or backend == "unsloth":
         return Choice("compute_dtype", precision, "auto", "as precision")
     if precision == "fp16" or (precision == "fp32" and desk.config.given("bf16")):
         return Choice("compute_dtype", precision, "auto", "as precision")
     return Choice("compute_dtype", "bf16", "auto", "products of quantized weights")
 
 
-def method(desk: Desk) -> Iterator[Choice]:
+def method(desk: Desk, backend: str) -> Iterator[Choice]:
     c = desk.config
     source = c.source("adapter_name")
     method = "lora" if c.adapter_name == "rslora" else c.adapter_name
@@ -78,14 +66,25 @@ def method(desk: Desk) -> Iterator[Choice]:
         named = [name for name in ("lora_r", "lora_alpha", "target_modules", "init_lora_weights", "use_rslora") if c.given(name)]
         if named:
             desk.notes.append(f"--adapter_name=full trains every weight: --{', --'.join(named)} have no effect")
-    if method == "dora" and c.lora_dropout > 0:
-        desk.notes.append(f"DoRA with lora_dropout={c.lora_dropout:g} computes each base product twice; --lora_dropout=0 is faster")
     if c.lora_dropout >= 1:
         desk.problems.append(f"--lora_dropout={c.lora_dropout:g} must be below 1")
     yield Choice("method", method, source, "")
+    yield _dropout(desk, backend, method)
+    alpha = float(c.lora_alpha) if not isinstance(c.lora_alpha, str) else float(c.lora_r * ALPHA_RULES[c.lora_alpha])
+    yield Choice("lora_alpha", alpha, c.source("lora_alpha"), f"{c.lora_alpha} of r = {c.lora_r}" if alpha != c.lora_alpha else "")
     root = "alpha / sqrt(r)" if is_rslora else "alpha / r"
-    scale = c.lora_alpha / (c.lora_r**0.5 if is_rslora else c.lora_r)
+    scale = alpha / (c.lora_r**0.5 if is_rslora else c.lora_r)
     yield Choice("use_rslora", is_rslora, c.source("use_rslora") if c.use_rslora else source, f"scale {root} = {scale:g}")
+
+
+def _dropout(desk: Desk, backend: str, method: str) -> Choice:
+    c = desk.config
+    if backend == "unsloth" and not c.given("lora_dropout"):
+        return Choice("lora_dropout", 0.0, "auto", "Unsloth's LoRA kernels have none")
+    if method == "dora" and c.lora_dropout > 0:
+        desk.notes.append(f"DoRA with lora_dropout={c.lora_dropout:g} computes each base product twice; --lora_dropout=0 is faster")
+    is_slow = backend == "unsloth" and c.lora_dropout > 0
+    return desk.as_given("lora_dropout", "Unsloth's LoRA kernels may be off: they were made for 0" if is_slow else "")
 
 
 def initial_weights(desk: Desk, quantization: str) -> Choice:
@@ -96,8 +95,8 @@ def initial_weights(desk: Desk, quantization: str) -> Choice:
         desk.problems.append(
             "--init_lora_weights=eva takes its directions from training rows before the run, which is not built. Use pissa"
         )
-    if kind == "loftq":
-        desk.problems.append("--init_lora_weights=loftq makes its own quantized base, which is not built. Use --load_4bit=True with True")
+    if kind == "loftq" and quantization != "nf4":
+        desk.problems.append("--init_lora_weights=loftq makes up for what 4-bit weights lose. Add --load_4bit=True, or drop it")
     if kind.startswith(("pissa", "olora")) and quantization != "none":
         desk.problems.append(
             f"--init_lora_weights={init} splits the base weights and needs the unquantized weights. Drop --load_4bit/--load_8bit"

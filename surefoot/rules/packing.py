@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from surefoot.rules import attention
+from surefoot.rules import attention, backend
 from surefoot.rules.desk import Choice, Desk
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}  # recurrent ones carry a state, and chunked ones a border, across rows
@@ -64,6 +64,8 @@ def _obstacle(desk: Desk, implementation: str, inside: str, why_inside: str) -> 
     """Why packing=auto leaves rows apart."""
     if desk.config.group_by_length:
         return "group_by_length was asked for"
+    if backend.uses_unsloth(desk):
+        return "Unsloth keeps packed rows apart in its own collator only"
     if not desk.machine.gpus:
         return "packed only on a GPU, unless --packing=True"
     if implementation == "eager":

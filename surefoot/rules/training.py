@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from surefoot.rules import backend
 from surefoot.rules.desk import Choice, Desk
 
 DEFAULT_WARMUP = 0.06
@@ -69,7 +70,7 @@ def warmup(desk: Desk) -> Choice:
 def optimizer(desk: Desk) -> Choice:
     c, m = desk.config, desk.machine
     if c.optim == "auto":
-        fused = bool(m.gpus)
+        fused = bool(m.gpus) or backend.uses_unsloth(desk)  # which makes it so on a CPU too
         return Choice(
             "optim", "adamw_torch_fused" if fused else "adamw_torch", "auto", "fp32 state" + (", one kernel a step" if fused else "")
         )

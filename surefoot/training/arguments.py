@@ -29,6 +29,7 @@ def training_arguments(plan: Plan, *, evaluates: bool) -> TrainingArguments:
             f"process {plan.machine.rank} of {plan.machine.world_size} cannot meet the others at {address}: {str(error).splitlines()[0]}. "
             "Give a free port: --main_process_port of accelerate launch, or MASTER_PORT"
         ) from error
+    _check(arguments, plan)
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would silently become nn.DataParallel
     return arguments
 
@@ -74,6 +75,16 @@ def _arguments(plan: Plan, evaluates: bool) -> TrainingArguments:
 def casts_itself(plan: Plan) -> bool:
     """True where autocast is ours: asked for 16 bits, DeepSpeed and FSDP would cast the adapters too."""
     return plan.machine.engine in ("deepspeed", "fsdp")
+
+
+def _check(arguments: TrainingArguments, plan: Plan) -> None:
+    """Raises BackendError where they are not the plan's: Unsloth's CPU path replaces precisions and optimizers as they are made."""
+    made = {"bf16": arguments.bf16, "fp16": arguments.fp16, "optim": getattr(arguments.optim, "value", arguments.optim)}
+    t = plan.train
+    asked = {"bf16": t.precision == "bf16" and not casts_itself(plan), "fp16": t.precision == "fp16", "optim": t.optim}
+    changed = [f"{name} {asked[name]} -> {made[name]}" for name in asked if made[name] != asked[name]]
+    if changed:
+        raise BackendError(f"the training arguments were changed after the plan: {', '.join(changed)}. Use --backend=hf")
 
 
 def _schedule(t: TrainPlan, evaluates: bool) -> dict[str, Any]:

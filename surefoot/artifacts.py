@@ -21,7 +21,7 @@ OURS = (
     "run.json", "backend.json", "metrics.jsonl", "audit.json", "bad_steps", "bad_steps.jsonl",
     "adapter_config.json", "adapter_model.safetensors", "README.md", "config.json",
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
-    "checkpoint-*", "runs",
+    "checkpoint-*", "runs", "evaluation.json", "evaluation.jsonl",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ class Sampling:
         """As transformers takes it, with nothing left to the model's own generation_config.json."""
         samples = self.temperature > 0
         choice = {"temperature": self.temperature, "top_p": self.top_p} if samples else {}
-        return GenerationConfig(
+        return GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=self.max_new_tokens, do_sample=samples, num_beams=self.num_beams, top_k=0 if samples else None,
             eos_token_id=list(end_ids), pad_token_id=end_ids[0], use_cache=True, **choice,
         )  # fmt: skip

@@ -110,6 +110,8 @@ def find(base_model: str | None, adapter: str | None, prompt_style: str | None =
     if adapter and not folder.is_dir():
         raise UsageError(f"--lora_weights={adapter} is no folder (looked in {Path.cwd()})")
     config = _json(folder / "adapter_config.json")
+    if config is not None and not adapter:
+        raise UsageError(f"--base_model={base_model} is an adapter, not a model. Give it as --lora_weights")
     if adapter and config is None and not (folder / "config.json").is_file():
         raise UsageError(f"--lora_weights={adapter} holds neither an adapter (adapter_config.json) nor a model (config.json)")
     record = (
@@ -180,7 +182,7 @@ def open_model(source: Source, *, dtype: str = "auto", merges: bool = False) -> 
             raise BackendError(f"--lora_weights={source.adapter} does not load onto {source.base_model}: {first}") from error
         model, kept = (adapted.merge_and_unload(safe_merge=True), {}) if merges else serve(adapted, hf.DTYPES[dtype])
     ends = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=ends)  # a model's own sampling or penalties would pass unsaid
+    model.generation_config = GenerationConfig(eos_token_id=ends)  # type: ignore[no-untyped-call]  # a model's own sampling or penalties would pass unsaid
     return Opened(
         source=source, model=model.eval().requires_grad_(False), tokenizer=tokenizer, prompts=_prompts(source.style, tokenizer),
         encoder=masking.make_encoder(tokenizer), dtype=dtype, kept=kept,

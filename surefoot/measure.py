@@ -41,7 +41,7 @@ class How:
 
 
 class Said(NamedTuple):
-    """Of each row of a set: the generated text (empty under loglikelihood), the prediction, its worth by metric, its loss and trained tokens."""
+    """Of each row: the generated text (empty under loglikelihood), the prediction, its worth by metric, its loss and trained tokens."""
 
     texts: list[str]
     predictions: list[str | None]
@@ -144,7 +144,7 @@ def scores(rows: RowSet, said: Said) -> dict[str, dict[str, Any]]:
 
 
 def differences(said: Said, base: Said) -> dict[str, dict[str, float]]:
-    """By metric the gain over `base` on the same rows, with its 95 % interval: Newcombe's for shares, of the mean of the differences else."""
+    """By metric the gain over `base` on the same rows with its 95 % interval: Newcombe's for shares, else of the mean difference."""
     found = {}
     for metric, values in said.worth.items():
         if metric in SHARES:

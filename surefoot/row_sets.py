@@ -54,7 +54,12 @@ def of_files(paths: Sequence[str]) -> list[RowSet]:
     Raises:
         UsageError, DataError: a file that cannot be read.
     """
-    return [one for path in paths for one in _by_task(_examples(loading.read_rows((path,), "test")), Path(path).name)]
+    return [one for path in paths for one in by_task(of_file(path), Path(path).name)]
+
+
+def of_file(path: str | Path) -> tuple[Example, ...]:
+    """The rows of a file in its order. Raises UsageError, DataError: it cannot be read, or a row has no answer."""
+    return _examples(loading.read_rows((str(path),), "test"))
 
 
 def held_out(source: Source) -> list[RowSet]:
@@ -78,10 +83,11 @@ def held_out(source: Source) -> list[RowSet]:
         raise UsageError(
             f"--split=val: the run {source.name()} held no rows out ({split.hold_out(examples, plan).reason}). Give --data_path"
         )
-    return _by_task([examples[number] for number in numbers], "val")
+    return by_task([examples[number] for number in numbers], "val")
 
 
-def _by_task(examples: Sequence[Example], name: str) -> list[RowSet]:
+def by_task(examples: Sequence[Example], name: str) -> list[RowSet]:
+    """The rows of each commonsense task as a set, all others together as `name`."""
     sets: dict[tuple[str, str | None], list[Example]] = {}
     for example in examples:
         task = example.columns.get("task")

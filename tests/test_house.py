@@ -20,16 +20,24 @@ LEVELS = {
         "surefoot.machine",
         "surefoot.inputs",
         "surefoot.verdicts",
+        "surefoot.script",
         "surefoot.decoder",
         "surefoot.activations",
         "surefoot.memory",
     ],
     2: ["surefoot.decide", "surefoot.plan", "surefoot.plan_text"],
-    3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.evaluate", "surefoot.weights"],
-    4: ["surefoot.run", "surefoot.cli"],
+    3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.generate", "surefoot.weights"],
+    4: [
+        "surefoot.run",
+        "surefoot.cli",
+        "surefoot.inference",
+        "surefoot.measure",
+        "surefoot.row_sets",
+        "surefoot.answering",
+    ],
     5: ["finetune"],
 }
-ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.ops", "surefoot.training"]  # level 3
+ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.evaluation", "surefoot.ops", "surefoot.training"]  # level 3
 
 
 def level(module: str) -> int:

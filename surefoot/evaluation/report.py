@@ -30,7 +30,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def own_table(result: Mapping[str, Any]) -> list[list[str]]:
-    """A line for each set and metric: the trained model, the base and the gain where there are both, rows and the commonest answer's share."""
+    """A line for each set and metric: trained model, base and gain (where there are both), rows, share of the commonest answer."""
     sides = list(next(iter(result["sets"].values()))["scores"])
     has_gain = len(sides) > 1
     rows = [["set", "metric", *sides, *(["gain (95 %)"] if has_gain else []), "rows", "commonest"]]
@@ -67,7 +67,7 @@ def _answered(result: Mapping[str, Any]) -> list[str]:
 
 
 def _first(one: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next(iter(one["scores"].values()))  # type: ignore[no-any-return]
+    return next(iter(one["scores"].values()))
 
 
 def shown(metric: str, score: Mapping[str, Any]) -> str:

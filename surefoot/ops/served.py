@@ -56,7 +56,8 @@ def _factors(layer: Any, name: str, product: Tensor) -> Tensor | None:
         return None
     weight = dequantize_module_weight(layer.get_base_layer()).float()
     magnitude: Tensor = layer.lora_magnitude_vector[name].weight.float()
-    return magnitude / torch.linalg.vector_norm(weight + product.to(weight.device), dim=1)
+    norm: Tensor = torch.linalg.vector_norm(weight + product.to(weight.device), dim=1)
+    return magnitude / norm
 
 
 @torch.no_grad()

@@ -183,7 +183,7 @@ def _ended(program: str, words: list[str], deadline: float, log: Path) -> bool:
 def verdict(result: dict[str, Any]) -> dict[str, Any]:
     """Per method: the paths' mean accuracy over the test sets, their difference with Student's interval over the seeds, and the two claims.
 
-    agree: the interval holds 0. beat_untrained: the lower Wilson limit of each run lies above the untrained model's upper one, all rows pooled.
+    agree: the interval holds 0. beat_untrained: over all rows, each run's lower Wilson limit lies above the untrained model's upper one.
     """
     from surefoot.evaluation.intervals import wilson
 

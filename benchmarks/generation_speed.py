@@ -1,7 +1,7 @@
 """generation_speed.py: what an adapter costs while generating: LoRA and DoRA as PEFT has them and as scripts/infer.py serves them.
 
 python benchmarks/generation_speed.py --model=examples/small_model --out=benchmarks/results/generation_speed_cpu.json
-python benchmarks/generation_speed.py --model=models/smollm2 --dtype=bf16 --out=benchmarks/results/generation_speed_h200.json  # on a GPU, 2 min
+python benchmarks/generation_speed.py --model=models/smollm2 --dtype=bf16 --out=benchmarks/results/generation_speed_h200.json  # a GPU
 
 Each round generates the same number of tokens with each system in turn; a ratio is the median over rounds of that round's ratio of seconds.
 The adapter (all linear layers, random) is no training's, and its logits must be the same under both ways of computing them.
@@ -44,7 +44,7 @@ def bench(
     results = [measured(systems, size, tokens, rounds, prompt) for size in sizes]
     here = machine.probe()
     content = {
-        "command": f"generation_speed.py --model={Path(model).name} --dtype={dtype} --r={r} --tokens={tokens} --rounds={rounds} --prompt={prompt}",
+        "setting": {"model": Path(model).name, "dtype": dtype, "r": r, "tokens": tokens, "rounds": rounds, "prompt": prompt},
         "machine": {"gpu": here.gpu.name if here.gpu else None, "cpu": here.cpu_name, "threads": torch.get_num_threads()},
         "versions": {name: here.versions.get(name) for name in ("torch", "transformers", "peft")},
         "greatest_logit_gap_of_served_to_peft": gaps,

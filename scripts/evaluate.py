@@ -86,20 +86,24 @@ def run(flags: Flags) -> None:
     out = Path(flags.out or (source.adapter or Path()) / "evaluation.json")
     if not out.parent.is_dir():
         raise UsageError(f"--out={out}: {out.parent} is no folder")
-    result, predictions = evaluate(flags, source, sets)
+    result, rows = evaluate(flags, source, sets)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if result["sets"]:
-        print(script.table(report.own_table(result)))
+    print("\n".join(_lines(flags, result, rows)))
+    if rows:
+        out.with_suffix(".jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"\nwritten: {out}" + (f" and {out.with_suffix('.jsonl')}" if rows else "") + f" ({result['seconds']:.0f} s)")
+
+
+def _lines(flags: Flags, result: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    from surefoot.evaluation import report
+
+    lines = [script.table(report.own_table(result))] if result["sets"] else []
     for task, metrics in result.get("lm_eval", {}).items():
-        print(f"lm-eval {task}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    if predictions:
-        answers = out.with_suffix(".jsonl")
-        answers.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions), encoding="utf-8")
-        if "base" in predictions[0] and "trained" in predictions[0]:
-            for metric in ("accuracy", "exact_match"):
-                rows = [row for row in predictions if metric in row["trained"]]
-                print("\n".join([f"\n{metric}:", *report.flips(rows, metric, flags.show)]) if rows else "", end="\n" * bool(rows))
-    print(f"\nwritten: {out}" + (f" and {out.with_suffix('.jsonl')}" if predictions else "") + f" ({result['seconds']:.0f} s)")
+        lines.append(f"lm-eval {task}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for metric in report.SHARES:
+        judged = [row for row in rows if "base" in row and metric in row.get("trained", {})]
+        lines += [f"\n{metric}:", *report.flips(judged, metric, flags.show)] if judged else []
+    return lines
 
 
 def _source(flags: Flags) -> Any:
@@ -127,7 +131,7 @@ def _sets(flags: Flags, source: Any) -> list[Any]:
 
 
 def evaluate(flags: Flags, source: Any, sets: Sequence[Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The result as it is written, and a row of predictions for each row of the sets."""
+    """The result as it is written, and a record of each row."""
     from surefoot import inference, machine, measure
     from surefoot.artifacts import code_state
     from surefoot.evaluation import harness
@@ -160,47 +164,13 @@ def evaluate(flags: Flags, source: Any, sets: Sequence[Any]) -> tuple[dict[str, 
         "settings": {name: getattr(flags, name) for name in ("scoring", "batch_size", "max_new_tokens", "num_beams", "limit")},
         "machine": {"gpu": here.gpu.name if here.gpu else None, "cpu": here.cpu_name, "versions": here.versions},
         "code": code_state(),
-        "sets": _scored(sets, sides),
+        "sets": measure.scored(sets, sides),
     }
     if flags.lm_eval:
         result["lm_eval"] = harness.run(
             opened.model, opened.tokenizer, flags.lm_eval, folder=flags.lm_eval_tasks, batch_size=flags.batch_size, limit=flags.limit
         )
-    return result | {"seconds": round(time.monotonic() - began, 1)}, _predictions(sets, sides)
-
-
-def _scored(sets: Sequence[Any], sides: dict[str, list[Any]]) -> dict[str, Any]:
-    from surefoot import measure
-
-    named = list(sets)
-    every = {side: list(said) for side, said in sides.items()}
-    if len(sets) > 1 and any(sides[next(iter(sides))][0].worth):
-        pooled = {side: measure.joined(sets, said) for side, said in sides.items()}
-        if any(one.worth for _, one in pooled.values()):
-            named.append(next(iter(pooled.values()))[0])
-            for side, (_, said) in pooled.items():
-                every[side].append(said)
-    found = {}
-    for place, rows in enumerate(named):
-        one = {"rows": len(rows.examples), "scores": {side: measure.scores(rows, said[place]) for side, said in every.items()}}
-        if len(every) > 1:
-            one["gain"] = measure.differences(every["trained"][place], every["base"][place])
-        found[rows.name] = one
-    return found
-
-
-def _predictions(sets: Sequence[Any], sides: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for place, one in enumerate(sets):
-        for number, example in enumerate(one.examples):
-            reference = str(example.columns["answer"]) if one.task else example.turns[-1].text if example.turns else ""
-            row = {"set": one.name, "where": example.where, "reference": reference}
-            for side, said in sides.items():
-                mine = said[place]
-                worth = {metric: values[number] for metric, values in mine.worth.items()}
-                row[side] = {"text": mine.texts[number], "prediction": mine.predictions[number], **worth}
-            rows.append(row)
-    return rows
+    return result | {"seconds": round(time.monotonic() - began, 1)}, measure.by_row(sets, sides)
 
 
 if __name__ == "__main__":

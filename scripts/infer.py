@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from surefoot import script  # noqa: E402
-from surefoot.errors import UsageError, joined  # noqa: E402
+from surefoot.errors import DataError, UsageError, joined  # noqa: E402
 from surefoot.script import flag  # noqa: E402
 
 USAGE = f"""\
@@ -156,7 +156,9 @@ def _interactive(flags: Flags, opened: Any, sampling: Any) -> None:
         try:
             reply = talk.command(line) if line.startswith("/") else talk.answer(line, streams=True) if line.strip() else None
         except KeyboardInterrupt:
-            reply = "(stopped)"
+            line, reply = "/", "(stopped)"
+        except DataError as error:
+            line, reply = "/", f"({error})"
         if reply is not None and line.startswith("/"):
             print(reply)
 

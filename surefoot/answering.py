@@ -16,7 +16,7 @@ from transformers import TextStreamer
 from surefoot import generate
 from surefoot.data import asked, loading
 from surefoot.data.formats import Example, Turn
-from surefoot.errors import UsageError
+from surefoot.errors import DataError, UsageError
 from surefoot.generate import Sampling
 from surefoot.inference import Opened
 
@@ -28,10 +28,10 @@ class Talk:
     """A conversation. A prompt style that holds one question only gets each question alone."""
 
     def __init__(self, opened: Opened, sampling: Sampling, system: str, seed: int) -> None:
-        self.opened, self.sampling, self.system = opened, sampling, system
-        self.said: list[tuple[str, str]] = []
         style = _talking_style(opened)
-        self.prompts = dataclasses.replace(opened.prompts, style=style)
+        self.opened = dataclasses.replace(opened, prompts=dataclasses.replace(opened.prompts, style=style))
+        self.sampling, self.system = sampling, system
+        self.said: list[tuple[str, str]] = []
         self.keeps_history = style == "chat" or opened.prompts.file is not None
         if system and not self.keeps_history:
             raise UsageError(
@@ -45,10 +45,8 @@ class Talk:
     def answer(self, text: str, *, streams: bool = False) -> str:
         """The model's answer, also printed as it comes. Of a conversation too long for the model the oldest turns are left out."""
         self.said = [*(self.said if self.keeps_history else []), ("user", text)]
-        ids = self._ids()
-        while len(ids) + self.sampling.max_new_tokens > self._room() and len(self.said) > 2:
+        while (ids := self._ids()) is None:
             self.said = self.said[2:]
-            ids = self._ids()
         streamer = TextStreamer(self.opened.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
         (made,) = generate.continued(self.opened.model, [ids], self.sampling, self.opened.end_ids(), streamer)
         reply = self.opened.decode(made)
@@ -63,20 +61,23 @@ class Talk:
             return "(a new conversation)"
         if name == "/system":
             if not self.keeps_history:
-                return f"(the prompt style {self.prompts.style} has no place for a system turn)"
+                return f"(the prompt style {self.opened.prompts.style} has no place for a system turn)"
             self.system, self.said = rest, []
             return "(a new conversation with this system turn)" if rest else "(a new conversation without a system turn)"
         if name == "/history":
-            return self.opened.tokenizer.decode(self._ids()) if self.said else "(nothing was said yet)"
+            return str(self.opened.tokenizer.decode(self._ids() or [])) if self.said else "(nothing was said yet)"
         return HELP
 
-    def _ids(self) -> list[int]:
+    def _ids(self) -> list[int] | None:
+        """What the model reads next; None where the conversation is too long for it and older turns can go."""
         said = self.said if self.said[-1][0] == "user" else self.said[:-1]
-        row = asked.before_answer(self.prompts, asked.conversation(said, self.system))
-        return [int(token) for token in self.opened.encoder.encode([row])[0].ids]
-
-    def _room(self) -> int:
-        return int(getattr(self.opened.model.config, "max_position_embeddings", 0) or 2**31)
+        try:
+            return self.opened.prompt_ids([asked.conversation(said, self.system)], self.sampling.max_new_tokens)[0]
+        except DataError:
+            if len(said) > 2:
+                return None
+            self.said = []
+            raise
 
 
 def _talking_style(opened: Opened) -> str:
@@ -119,14 +120,15 @@ def start(job: Job, opened: Opened, sampling: Sampling, settings: dict[str, Any]
     Raises:
         UsageError: the file holds answers of something else.
     """
-    made_by = {
+    facts = {
         "input_sha256": job.sha256, "model": opened.source.identity(), "dtype": opened.dtype, "sampling": dataclasses.asdict(sampling),
         "settings": settings,
     }  # fmt: skip
+    made_by = json.loads(json.dumps(facts))
     if job.out.exists():
-        before = json.loads(job.note.read_text(encoding="utf-8")) if job.note.is_file() else None
-        if before != json.loads(json.dumps(made_by)):
-            changed = [name for name, value in made_by.items() if before is None or before.get(name) != json.loads(json.dumps(value))]
+        before = json.loads(job.note.read_text(encoding="utf-8")) if job.note.is_file() else {}
+        changed = [name for name in made_by if before.get(name) != made_by[name]]
+        if changed:
             raise UsageError(
                 f"--output_file={job.out} exists and was not made by this command ({', '.join(changed)} differ). "
                 "Remove it, or give another file"
@@ -157,13 +159,13 @@ def answer_file(job: Job, opened: Opened, sampling: Sampling, settings: dict[str
         DataError: the prompt style cannot hold a row.
     """
     size = settings["batch_size"] * CHUNK
-    system = settings["system"]
     place = _whole_lines(job.out)
     while place < len(job.rows):
         first = place - place % size
         numbers = range(first, min(first + size, len(job.rows)))
         torch.manual_seed(settings["seed"] + first)
-        ids = [_question_ids(opened, job.questions[number], system) for number in numbers]
+        asks = [_with_system(job.questions[number], settings["system"]) for number in numbers]
+        ids = opened.prompt_ids(asks, sampling.max_new_tokens)
         made = generate.complete(opened.model, ids, sampling, opened.end_ids(), batch_size=settings["batch_size"])
         lines = [_line(opened, job.rows[number].where, tokens, sampling) for number, tokens in zip(numbers, made, strict=True)]
         with job.out.open("a", encoding="utf-8") as out:
@@ -178,8 +180,8 @@ def _line(opened: Opened, where: str, tokens: list[int], sampling: Sampling) -> 
     return json.dumps({"where": where, "output": opened.decode(tokens), "tokens": len(tokens), "finish": ended}, ensure_ascii=False) + "\n"
 
 
-def _question_ids(opened: Opened, example: Example, system: str) -> list[int]:
-    if system and not example.system:
-        example = dataclasses.replace(example, turns=(Turn("system", system, False), *example.turns))
-    row = asked.before_answer(opened.prompts, example)
-    return [int(token) for token in opened.encoder.encode([row])[0].ids]
+def _with_system(example: Example, system: str) -> Example:
+    """The row with --system as its system turn, if it has none of its own."""
+    if not system or example.system:
+        return example
+    return dataclasses.replace(example, turns=(Turn("system", system, False), *example.turns))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surefoot.errors import BackendError, UsageError
+from surefoot.errors import BackendError, DataError, UsageError
 from surefoot.plan import ModelPlan
 
 if TYPE_CHECKING:
@@ -70,15 +70,26 @@ class Opened:
         more = own if isinstance(own, list) else [] if own is None else [own]
         return list(dict.fromkeys([self.tokenizer.eos_token_id, *more]))
 
-    def prompt_ids(self, examples: Sequence[Example]) -> list[list[int]]:
+    def prompt_ids(self, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
         """What stands before each row's last answer, tokenised as in training.
 
         Raises:
-            DataError: the prompt style cannot hold a row.
+            DataError: the prompt style cannot hold a row, or the model has no room for it and an answer.
         """
         from surefoot.data import asked
 
-        return self._ids([asked.before_answer(self.prompts, example) for example in examples])
+        found = self._ids([asked.before_answer(self.prompts, example) for example in examples])
+        for example, ids in zip(examples, found, strict=True):
+            if len(ids) + max_new_tokens > self.room():
+                raise DataError(
+                    f"{example.where}: its prompt has {len(ids):,} tokens, which with --max_new_tokens={max_new_tokens} is more than the "
+                    f"{self.room():,} positions of the model. Shorten it, or ask for fewer tokens"
+                )
+        return found
+
+    def room(self) -> int:
+        """How many tokens the model's positions hold."""
+        return int(getattr(self.model.config, "max_position_embeddings", 0) or 2**31)
 
     def answered_ids(self, example: Example, answers: Sequence[str]) -> list[list[int]]:
         """The row with each of the answers in place of its own, up to the answer's end."""

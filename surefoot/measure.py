@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,9 +69,8 @@ def measure(opened: Opened, rows: RowSet, metrics: Sequence[str], how: How, tick
         if how.scoring == "loglikelihood" and rows.task:
             predictions = _likeliest(opened, rows, how.batch_size, tick)
         else:
-            ids = generate.complete(
-                opened.model, opened.prompt_ids(rows.examples), how.sampling, opened.end_ids(), batch_size=how.batch_size, tick=tick
-            )
+            asked = opened.prompt_ids(rows.examples, how.sampling.max_new_tokens)
+            ids = generate.complete(opened.model, asked, how.sampling, opened.end_ids(), batch_size=how.batch_size, tick=tick)
             said = [opened.decode(one) for one in ids]
             predictions = [answers.first_match(text, rows.task) if rows.task else text.strip() for text in said]
     if "perplexity" in metrics:
@@ -95,8 +94,9 @@ def _likeliest(opened: Opened, rows: RowSet, batch_size: int, tick: Callable[[in
         offered.append(choices)
         candidates.append(opened.answered_ids(example, [said.replace(right, choice) for choice in choices]))
     jobs = likelihood.wanted(candidates)
-    by_row = likelihood.answer_scores(opened.model, jobs, batch_size=batch_size)
-    tick(len(rows.examples))
+    is_one_a_row = len(jobs) == len(rows.examples)
+    by_row = likelihood.answer_scores(opened.model, jobs, batch_size=batch_size, tick=tick if is_one_a_row else int)
+    tick(0 if is_one_a_row else len(rows.examples))
     return [choices[max(range(len(choices)), key=by_row[row].__getitem__)] for row, choices in enumerate(offered)]
 
 
@@ -153,6 +153,38 @@ def differences(said: Said, base: Said) -> dict[str, dict[str, float]]:
             gain = intervals.mean([one - other for one, other in zip(values, base.worth[metric], strict=True)])
         found[metric] = dict(zip(("value", "low", "high"), gain, strict=True))
     return found
+
+
+def scored(sets: Sequence[RowSet], sides: Mapping[str, Sequence[Said]]) -> dict[str, Any]:
+    """By set its rows, the scores of each side, and with two sides the gain of `trained`; several sets also together, as `all`."""
+    named, every = list(sets), {side: list(said) for side, said in sides.items()}
+    if len(sets) > 1:
+        pooled = {side: joined(sets, said) for side, said in sides.items()}
+        if all(said.worth for _, said in pooled.values()):
+            named.append(next(iter(pooled.values()))[0])
+            for side, (_, said) in pooled.items():
+                every[side].append(said)
+    found = {}
+    for place, rows in enumerate(named):
+        one: dict[str, Any] = {"rows": len(rows.examples), "scores": {side: scores(rows, said[place]) for side, said in every.items()}}
+        if len(every) > 1:
+            one["gain"] = differences(every["trained"][place], every["base"][place])
+        found[rows.name] = one
+    return found
+
+
+def by_row(sets: Sequence[RowSet], sides: Mapping[str, Sequence[Said]]) -> list[dict[str, Any]]:
+    """A record of each row: its set, place and reference, and of each side the text, the prediction and the worth."""
+    rows = []
+    for place, one in enumerate(sets):
+        for number, example in enumerate(one.examples):
+            reference = str(example.columns["answer"]) if one.task else example.turns[-1].text if example.turns else ""
+            row: dict[str, Any] = {"set": one.name, "where": example.where, "reference": reference}
+            for side, said in sides.items():
+                worth = {metric: values[number] for metric, values in said[place].worth.items()}
+                row[side] = {"text": said[place].texts[number], "prediction": said[place].predictions[number], **worth}
+            rows.append(row)
+    return rows
 
 
 def joined(sets: Sequence[RowSet], said: Sequence[Said]) -> tuple[RowSet, Said]:

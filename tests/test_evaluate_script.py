@@ -238,7 +238,7 @@ def test_find_when_the_adapters_base_is_gone_then_asks_for_it(run_folder: Path, 
     record = json.loads((copy / "run.json").read_text())
     record["plan"]["model"]["path"] = str(tmp_path / "gone")
     (copy / "run.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match="is not on this machine. Give --base_model"):
+    with pytest.raises(UsageError, match=r"is not on this machine\. Give --base_model"):
         inference.find(None, str(copy))
     assert inference.find(str(SMALL_MODEL), str(copy)).base_model == str(SMALL_MODEL)
     with pytest.raises(UsageError, match="Give it as --lora_weights"):

@@ -47,7 +47,7 @@ class ServedLinear(torch.nn.Module):
             flat = torch.addmm(y.flatten(0, -2), u.flatten(0, -2), self.b.t())  # type: ignore[operator]
             return flat.view_as(y)
         low = torch.nn.functional.linear(u, self.b, self.shift)  # type: ignore[arg-type]
-        return torch.addcmul(low, y, self.g, out=torch.empty_like(y))  # g stays fp32: one rounding
+        return torch.addcmul(low, y, self.g, out=y)  # g stays fp32: one rounding
 
 
 def _factors(layer: Any, name: str, product: Tensor) -> Tensor | None:
@@ -95,13 +95,13 @@ def _obstacle(layer: Any) -> str:
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
     """The base model's own answers, inside the block."""
-    layers = [module for module in model.modules() if isinstance(module, ServedLinear | lora.LoraLayer)]
+    layers = [module for module in model.modules() if isinstance(module, ServedLinear) or hasattr(module, "enable_adapters")]
 
     def switch(is_on: bool) -> None:
         for layer in layers:
             if isinstance(layer, ServedLinear):
                 layer.is_on = is_on
-            else:
+            else:  # PEFT's own layers, and modules_to_save
                 layer.enable_adapters(is_on)
 
     switch(False)

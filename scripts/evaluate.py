@@ -80,12 +80,12 @@ def run(flags: Flags) -> None:
         print(script.table(report.comparison([report.read(path) for path in flags.compare])))
         return
     source = _source(flags)
-    sets = _sets(flags, source)
-    if not sets and not flags.lm_eval:
+    if not (flags.dataset or flags.data_path or flags.split or flags.lm_eval):
         raise UsageError("nothing to evaluate on: give --data_path, --dataset, --split=val or --lm_eval")
     out = Path(flags.out or (source.adapter or Path()) / "evaluation.json")
     if not out.parent.is_dir():
         raise UsageError(f"--out={out}: {out.parent} is no folder")
+    sets = _sets(flags, source)
     result, rows = evaluate(flags, source, sets)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print("\n".join(_lines(flags, result, rows)))

@@ -182,7 +182,7 @@ WRONG = {
         f"--base_model={SMALL_MODEL} --dataset=bolq": "--dataset=bolq is not one of boolq",
         f"--base_model={SMALL_MODEL} --dataset=boolq": "--data_dir=dataset holds neither boolq/test.json",
         f"--base_model={SMALL_MODEL} --split=val": "has no run.json",
-        f"--base_model={SMALL_MODEL} --data_path=rows.xml": "rows.xml",
+        f"--base_model={SMALL_MODEL} --data_path=./rows.jsonl": "--data_path=./rows.jsonl does not exist",
         "--batch_size=0 --scorin=x": "2 problems",
         "--compare missing.json": "--compare missing.json cannot be read",
         "--scoring=guess": "--scoring=guess is not one of generate, loglikelihood",

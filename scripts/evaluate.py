@@ -82,7 +82,7 @@ def run(flags: Flags) -> None:
     source = _source(flags)
     if not (flags.dataset or flags.data_path or flags.split or flags.lm_eval):
         raise UsageError("nothing to evaluate on: give --data_path, --dataset, --split=val or --lm_eval")
-    out = Path(flags.out or (source.adapter or Path()) / "evaluation.json")
+    out = Path(flags.out or (source.adapter or Path(flags.lora_weights or ".")) / "evaluation.json")
     if not out.parent.is_dir():
         raise UsageError(f"--out={out}: {out.parent} is no folder")
     sets = _sets(flags, source)
@@ -127,6 +127,10 @@ def _sets(flags: Flags, source: Any) -> list[Any]:
         sets += row_sets.of_files(flags.data_path)
     if flags.split:
         sets += row_sets.held_out(source)
+    names = [one.name for one in sets]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"two sets are called {', '.join(twice)}: evaluate them in two calls, each with its own --out")
     return [one._replace(examples=one.examples[: flags.limit]) for one in sets]
 
 

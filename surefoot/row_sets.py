@@ -49,12 +49,17 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def of_files(paths: Sequence[str]) -> list[RowSet]:
-    """The rows of files; those that name a commonsense task and hold its answer make a set by task, the others one by file.
+    """The rows of files; those that name a commonsense task and hold its answer make a set by task, the others one by file. Several files
+    name their sets.
 
     Raises:
         UsageError, DataError: a file that cannot be read.
     """
-    return [one for path in paths for one in by_task(of_file(path), Path(path).name)]
+    sets = []
+    for path in paths:
+        found = by_task(of_file(path), Path(path).name)
+        sets += [one._replace(name=f"{path}: {one.name}" if one.task else path) for one in found] if len(paths) > 1 else found
+    return sets
 
 
 def of_file(path: str | Path) -> tuple[Example, ...]:

@@ -134,7 +134,7 @@ def scores(rows: RowSet, said: Said) -> dict[str, dict[str, Any]]:
             found[metric] = dict(zip(("value", "low", "high"), intervals.mean(values), strict=True))
     if "accuracy" in found:
         right = [str(example.columns["answer"]) for example in rows.examples]
-        tasks = [str(example.columns.get("task", rows.task)) for example in rows.examples]
+        tasks = [str(example.columns["task"]) for example in rows.examples]
         counted = answers.score(tasks, right, said.predictions)
         found["accuracy"] |= {"correct": counted.correct, "formed": counted.formed, "commonest": counted.majority, "rows": counted.total}
     if said.losses:

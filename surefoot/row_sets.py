@@ -39,7 +39,7 @@ def of_tasks(names: Sequence[str], folder: Path) -> list[RowSet]:
         wrong = next((row.where for row in rows if not answers.is_answered(row.columns, name)), None)
         if wrong:
             raise DataError(f"{wrong}: not a row of {name}: it needs an instruction, and an answer that matches {answers.pattern(name)}")
-        sets.append(RowSet(name, name, _examples(rows)))
+        sets.append(RowSet(name, name, _examples([SourceRow({**row.columns, "task": name}, row.where) for row in rows])))
     return sets
 
 

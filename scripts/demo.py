@@ -35,7 +35,7 @@ COMMON = {
 
 class Result(NamedTuple):
     loss: float  # nats per answer token
-    score: Any  # evaluate.Score
+    accuracy: dict[str, Any]  # as measure.scores() has it
 
 
 def demo(model: str = "small", output_dir: str = "output/demo") -> None:
@@ -47,13 +47,12 @@ def demo(model: str = "small", output_dir: str = "output/demo") -> None:
         sys.exit(f"demo.py: --model={model} is not one of {', '.join(SETTINGS)}")
     setting = SETTINGS[model]
     path = _model_folder(model)
-    rows = [json.loads(line) for line in HELDOUT_ROWS.read_text().splitlines()][: setting.heldout]
-    print(f"base model {path.name}; {len(rows)} held-out rows, none of them in the training file", flush=True)
-    before = measure(path, None, rows)
+    print(f"base model {path.name}; {setting.heldout} held-out rows, none of them in the training file", flush=True)
+    before = measure(path, None, setting.heldout)
     folder = train(base_model=path, data_path=TRAIN_ROWS, output_dir=output_dir, **COMMON, **setting.flags)
-    after = measure(path, folder, rows)
+    after = measure(path, folder, setting.heldout)
     seconds = json.loads((folder / "run.json").read_text())["summary"]["seconds"]
-    print(f"\ntrained for {duration(seconds)}. On {len(rows)} held-out rows:\n{table(before, after)}\nadapter: {folder.resolve()}")
+    print(f"\ntrained for {duration(seconds)}. On {setting.heldout} held-out rows:\n{table(before, after)}\nadapter: {folder.resolve()}")
 
 
 def _model_folder(model: str) -> Path:
@@ -64,61 +63,31 @@ def _model_folder(model: str) -> Path:
     return fetch(str(ROOT / "models/smollm2"))
 
 
-def measure(path: Path, adapter: Path | None, rows: list[dict[str, str]]) -> Result:
-    """Answer loss and generated answers of the base model, or of the base with the adapter as plain PEFT loads it."""
-    import torch
-    from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+def measure(path: Path, adapter: Path | None, count: int) -> Result:
+    """Answer loss and generated answers of the base model, or of the base with the adapter, on the first `count` held-out rows."""
+    from surefoot import inference, measure, row_sets, script
+    from surefoot.generate import Sampling
 
-    from surefoot import evaluate, tokens
-    from surefoot.data import formats, loading, prompts
-
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    pad = tokens.settle(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    examples = [formats.normalise(loading.SourceRow(row, f"row {number}"), "text") for number, row in enumerate(rows, 1)]
-    asked = [prompts.prompt_text(example, "alpaca") for example in examples]
-    with tqdm(total=len(rows), desc="after" if adapter else "before", unit="row", disable=not sys.stderr.isatty()) as bar:
-        score = evaluate.score_answers(model, tokenizer, rows, asked, tick=bar.update)
-    return Result(evaluate.mean_loss(model, *_batches(rows, tokenizer, pad.token_id)), score)
-
-
-def _batches(rows: list[dict[str, str]], tokenizer: Any, pad_token_id: int) -> tuple[Any, Any]:
-    """The held-out rows as the trainer would see them, and their collator."""
-    from surefoot.data.prepare import prepare
-    from surefoot.data.rows import Collator
-    from surefoot.plan import DataPlan
-
-    plan = DataPlan(
-        data_path=(str(HELDOUT_ROWS),), data_split="train", val_data_path=None, val_set_size=0, val_set_size_is_default=False,
-        cutoff_len=1024, overlong="error", prompt_style="alpaca", text_field="text", train_on_inputs=False,
-        audit="warn", cache_dir=None, seed=0,
-    )  # fmt: skip
-    held = prepare(plan, tokenizer).train
-    return [held[index] for index in range(len(rows))], Collator(pad_token_id=pad_token_id)
+    opened = inference.open_model(inference.find(str(path), adapter and str(adapter), "alpaca"), dtype="fp32")
+    sets = row_sets.by_task(row_sets.of_file(HELDOUT_ROWS)[:count], "held out")
+    how = measure.How(scoring="generate", sampling=Sampling(max_new_tokens=12), batch_size=32)
+    with script.progress(2 * count, "after" if adapter else "before") as tick:
+        said = [measure.measure(opened, one, ("accuracy", "perplexity"), how, tick) for one in sets]
+    scores = measure.scores(*measure.joined(sets, said))
+    return Result(scores["perplexity"]["nats_per_token"], scores["accuracy"])
 
 
 def table(before: Result, after: Result) -> str:
     """Before and after, with the 95 % interval of the accuracy and what always giving the commonest answer would get."""
     lines = [f"{'':<24}{'before':>18}{'after':>18}"]
     lines.append(f"{'answer loss':<24}{before.loss:>18.3f}{after.loss:>18.3f}")
-    lines.append(f"{'answers in form':<24}{_share(before.score.formed, before):>18}{_share(after.score.formed, after):>18}")
-    lines.append(f"{'accuracy':<24}{_share(before.score.correct, before):>18}{_share(after.score.correct, after):>18}")
-    low, high = after.score.interval()
-    lines.append(f"{'':<24}{'':>18}{f'({low:.1%} to {high:.1%})':>18}")
-    lines.append(f"{'commonest answer':<24}{'':>18}{_share(after.score.majority, after):>18}")
+    one, two = before.accuracy, after.accuracy
+    for title, key in (("answers in form", "formed"), ("accuracy", "correct")):
+        lines.append(f"{title:<24}{one[key] / one['rows']:>18.1%}{two[key] / two['rows']:>18.1%}")
+    interval = f"({two['low']:.1%} to {two['high']:.1%})"
+    lines.append(f"{'':<24}{'':>18}{interval:>18}")
+    lines.append(f"{'commonest answer':<24}{'':>18}{two['commonest'] / two['rows']:>18.1%}")
     return "\n".join(lines)
-
-
-def _share(count: int, result: Result) -> str:
-    return f"{count / result.score.total:.1%}"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ OURS = (
     "run.json", "backend.json", "metrics.jsonl", "audit.json", "bad_steps", "bad_steps.jsonl", "heartbeats",
     "adapter_config.json", "adapter_model.safetensors", "README.md", "config.json",
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
-    "checkpoint-*", "runs",
+    "checkpoint-*", "runs", "evaluation.json", "evaluation.jsonl",
 )  # fmt: skip
 REASONED = ("backend", "precision", "quantization", "attn_implementation", "sdpa_kernels", "use_gradient_checkpointing", "fused_adapters")
 

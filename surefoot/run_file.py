@@ -118,3 +118,15 @@ def _is_elsewhere(dotted: str, value: Any, problems: list[str], path: str) -> bo
     if allowed is not None and value not in allowed:
         problems.append(f"--config={path}: {dotted}={value} is not supported; training here takes {allowed[0]}")
     return True
+
+
+def generation(path: str) -> dict[str, Any]:
+    """The file's `gen` group, which inference reads; empty where it has none.
+
+    Raises:
+        UsageError: the file is missing, is no YAML mapping, or its gen is none.
+    """
+    found = _load(Path(path), seen=()).get("gen") or {}
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: gen must hold names such as max_new_tokens, temperature and top_p")
+    return found

@@ -21,6 +21,7 @@ LEVELS = {
         "surefoot.inputs",
         "surefoot.verdicts",
         "surefoot.detection",
+        "surefoot.script",
         "surefoot.decoder",
         "surefoot.activations",
         "surefoot.checkpoint",
@@ -35,14 +36,22 @@ LEVELS = {
         "surefoot.tokens",
         "surefoot.adapters",
         "surefoot.artifacts",
-        "surefoot.evaluate",
+        "surefoot.generate",
         "surefoot.loftq",
         "surefoot.weights",
     ],
-    4: ["surefoot.run", "surefoot.cli", "surefoot.launcher"],
+    4: [
+        "surefoot.run",
+        "surefoot.cli",
+        "surefoot.launcher",
+        "surefoot.inference",
+        "surefoot.measure",
+        "surefoot.row_sets",
+        "surefoot.answering",
+    ],
     5: ["finetune"],
 }
-ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.ops", "surefoot.training"]  # level 3
+ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.evaluation", "surefoot.ops", "surefoot.training"]  # level 3
 
 
 def level(module: str) -> int:

@@ -27,10 +27,11 @@ def load_tokenizer(plan: ModelPlan) -> Any:
         return AutoTokenizer.from_pretrained(plan.path, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
 
 
-def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str, ...] | None) -> Any:
+def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str, ...] | None, *, widens: bool = True) -> Any:
     """The base model on its own device, with embedding rows for the whole vocabulary.
 
-    What is not quantized is fp32, but frozen linear layers and embeddings are stored as the plan says.
+    What is not quantized is fp32, but frozen linear layers and embeddings are stored as the plan says; under
+    widens=False (inference) everything is.
 
     Raises:
         UsageError: no such model, or target_modules names no layer of it. BackendError: it cannot be loaded.
@@ -55,7 +56,7 @@ def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str,
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary_size > rows:
         model.resize_token_embeddings(vocabulary_size, pad_to_multiple_of=EMBEDDING_MULTIPLE, mean_resizing=False)
-    if plan.frozen_dtype != "fp32":
+    if widens and plan.frozen_dtype != "fp32":
         _widen(model)
     return model
 

@@ -1,0 +1,76 @@
+"""benchmarks/commonsense_smollm2.py: its verdict, and a rehearsal on the small model."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import HELDOUT_ROWS, ROOT, SMALL_MODEL, TRAIN_ROWS
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import commonsense_smollm2
+
+    return commonsense_smollm2
+
+
+def result(ours: list[int], peft: list[int], untrained: int) -> dict[str, Any]:
+    """Rows right of 1000 in each of two sets."""
+
+    def scores(correct: int) -> dict[str, Any]:
+        return {
+            scoring: {task: {"correct": correct, "rows": 1000} for task in ("boolq", "piqa")} for scoring in ("generate", "loglikelihood")
+        }
+
+    pairs = [("ours", value) for value in ours] + [("peft", value) for value in peft]
+    runs = {f"{path}_{place}": {"path": path, "method": "dora", "scores": scores(value)} for place, (path, value) in enumerate(pairs)}
+    return {"untrained": scores(untrained), "runs": runs}
+
+
+def test_verdict_when_the_paths_differ_by_less_than_the_seeds_then_they_agree(benchmark: Any) -> None:
+    found = benchmark.verdict(result([500, 520, 510], [505, 515, 520], 300))["dora generate"]
+    assert found["agree"] is True
+    assert found["beat_untrained"] is True
+    assert found["low"] <= found["ours_minus_peft"] <= found["high"]
+
+
+def test_verdict_when_one_path_is_worse_than_the_seeds_allow_then_says_so(benchmark: Any) -> None:
+    found = benchmark.verdict(result([400, 402, 401], [505, 504, 506], 398))["dora generate"]
+    assert found["agree"] is False
+    assert found["beat_untrained"] is False
+    assert found["ours_minus_peft"] == pytest.approx(-0.104)
+
+
+@pytest.mark.slow
+def test_benchmark_when_stopped_and_called_again_then_does_what_is_missing(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for source, name, keep in ((TRAIN_ROWS, "commonsense_147k", 96), (HELDOUT_ROWS, "test_social_i_qa", 8)):
+        rows = [row for row in source.read_text().splitlines() if "social_i_qa" in row][:keep]
+        with gzip.open(data / f"{name}.jsonl.gz", "wt") as file:
+            file.write("\n".join(rows) + "\n")
+
+    def start(*words: str) -> str:
+        command = [
+            sys.executable, str(ROOT / "benchmarks/commonsense_smollm2.py"), f"--model={SMALL_MODEL}", f"--data={data}",
+            f"--out={tmp_path / 'out.json'}", f"--work={tmp_path / 'work'}", "--at_once=1", "--batch_size=8", "--stage=1",
+            "--flags=--batch_size=32 --per_device_train_batch_size=16 --lora_r=4", *words,
+        ]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=500).stdout
+
+    assert "4 of 4 runs are missing" in start("--seeds=1", "--time_limit_s=1")
+    assert "nothing is missing" in start("--seeds=1")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found["runs"]) == {"ours_lora_1", "ours_dora_1", "peft_lora_1", "peft_dora_1"}
+    for run in found["runs"].values():
+        assert run["scores"]["generate"]["social_i_qa"]["rows"] == 8
+        assert run["summary"]["steps"] == 3
+    assert set(found["verdict"]) == {"lora generate", "lora loglikelihood", "dora generate", "dora loglikelihood"}

@@ -26,7 +26,7 @@ LEVELS = {
     ],
     2: ["surefoot.decide", "surefoot.plan", "surefoot.plan_text"],
     3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.evaluate", "surefoot.weights"],
-    4: ["surefoot.run", "surefoot.cli"],
+    4: ["surefoot.run", "surefoot.cli", "surefoot.script"],
     5: ["finetune"],
 }
 ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.ops", "surefoot.training"]  # level 3

@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot import run_file, script  # noqa: E402
+from surefoot import command, run_file  # noqa: E402
 from surefoot.data import stream, structured  # noqa: E402
 from surefoot.data.formats import Dropped  # noqa: E402
 from surefoot.data.report import percent  # noqa: E402
@@ -143,4 +143,4 @@ def _capped(columns: dict[str, Any], max_chars: int, overlong: str, counts: Coun
 
 
 if __name__ == "__main__":
-    sys.exit(script.run(process_data))
+    sys.exit(command.run(process_data))

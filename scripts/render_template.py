@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot import run_file, script  # noqa: E402
+from surefoot import command, run_file  # noqa: E402
 from surefoot.data import formats, jinja_file, stage  # noqa: E402
 from surefoot.data.formats import Dropped  # noqa: E402
 from surefoot.data.jinja_file import JinjaFile  # noqa: E402
@@ -34,9 +34,7 @@ def render_template(in_: str = "", out: str = "data/rendered", template: str = "
     counts = stage.rewrite(stage.split_files(folder, "in"), Path(out), renderer, "rendering")
     print(f"read: {folder}; template {path}")
     if renderer.earlier_answers:
-        print(
-            f"{renderer.earlier_answers:,} earlier answers of conversations are in the input and not trained on; data/processed trains on each"
-        )
+        print(f"{renderer.earlier_answers:,} earlier answers of conversations are input here, not trained on; {folder} trains on them")
     print("\n".join(f"written: {path}, {rows:,} rows" for path, rows in counts.items()))
 
 
@@ -71,4 +69,4 @@ class Renderer:
 
 
 if __name__ == "__main__":
-    sys.exit(script.run(render_template))
+    sys.exit(command.run(render_template))

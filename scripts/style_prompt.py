@@ -9,7 +9,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot import script  # noqa: E402
+from surefoot import command  # noqa: E402
 from surefoot.data import stage  # noqa: E402
 from surefoot.data.loading import SourceRow  # noqa: E402
 from surefoot.errors import DataError, UsageError  # noqa: E402
@@ -55,4 +55,4 @@ def _joined(style: str, own: str, mode: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(script.run(style_prompt))
+    sys.exit(command.run(style_prompt))

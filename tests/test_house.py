@@ -15,6 +15,7 @@ LEVELS = {
         "surefoot.config",
         "surefoot.flag_values",
         "surefoot.compat",
+        "surefoot.command",
         "surefoot.run_file",
         "surefoot.stages",
         "surefoot.machine",
@@ -26,7 +27,7 @@ LEVELS = {
     ],
     2: ["surefoot.decide", "surefoot.plan", "surefoot.plan_text"],
     3: ["surefoot.runtime", "surefoot.tokens", "surefoot.adapters", "surefoot.artifacts", "surefoot.evaluate", "surefoot.weights"],
-    4: ["surefoot.run", "surefoot.cli", "surefoot.script"],
+    4: ["surefoot.run", "surefoot.cli"],
     5: ["finetune"],
 }
 ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.ops", "surefoot.training"]  # level 3

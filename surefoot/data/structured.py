@@ -122,10 +122,12 @@ def _first(folded: Mapping[str, str], names: tuple[str, ...]) -> str | None:
 
 
 def _text(row: SourceRow, column: str) -> str:
-    """A column's text; a number or truth value is written as JSON writes it, null is empty."""
+    """A column's text; a number or truth value is written as JSON writes it, null and NaN are empty."""
     value = row.columns.get(column)
-    if isinstance(value, str) or value is None:
-        return value or ""
+    if isinstance(value, str):
+        return value
+    if value is None or value != value:
+        return ""
     if isinstance(value, (bool, int, float)):
         return orjson.dumps(value).decode()
     raise DataError(f"{row.where}: column {column} holds {kind(value)}, where text is needed. Write it as text")

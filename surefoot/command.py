@@ -28,8 +28,8 @@ def run(function: Callable[..., None], argv: Sequence[str] | None = None) -> int
     words = list(sys.argv[1:] if argv is None else argv)
     name = Path(inspect.getfile(function)).name
     try:
-        command = ["--help"] if any(word in HELP for word in words) else tidy(function, words)
-        fire.Fire(function, command=command, name=name, serialize=lambda _: None)
+        line = ["--help"] if any(word in HELP for word in words) else tidy(function, words)
+        fire.Fire(function, command=line, name=name, serialize=lambda _: None)
     except SurefootError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code

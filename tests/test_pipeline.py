@@ -28,7 +28,7 @@ def script(name: str, *words: object, folder: Path) -> subprocess.CompletedProce
 
 
 def written(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def raw(folder: Path, rows: list[dict[str, Any]], name: str = "raw.jsonl") -> Path:
@@ -87,8 +87,9 @@ def test_process_when_run_twice_then_makes_the_same_exact_splits_and_equal_rows_
     first = {name: (folder / f"{name}.jsonl").read_bytes() for name in ("train", "val", "test")}
     splits = {name: [row["user"] for row in written(folder / f"{name}.jsonl")] for name in first}
     assert sum(map(len, splits.values())) == 110
-    assert not set(splits["train"]) & set(splits["val"]) and not (set(splits["train"]) | set(splits["val"])) & set(splits["test"])
-    assert abs(len(splits["val"]) - 11) <= 1 and abs(len(splits["test"]) - 22) <= 1
+    assert sum(len(set(users)) for users in splits.values()) == 100
+    assert len(splits["val"]) == pytest.approx(11, abs=1)
+    assert len(splits["test"]) == pytest.approx(22, abs=2)
     order = [f"Say {number}." for number in range(100)]
     assert list(dict.fromkeys(splits["train"])) == [user for user in order if user in splits["train"]]
     assert script("process_data", folder=tmp_path).returncode == 0
@@ -165,12 +166,9 @@ def test_files_when_of_every_kind_then_each_gives_its_rows(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     rows = [row for name in ("train", "val", "test") for row in written(tmp_path / f"data/processed/{name}.jsonl")]
     found = {(row["user"], row["assistant"]) for row in rows if "user" in row}
-    assert found == {(f"Say {n}.", f"It is {n}.") for n in range(4)} | {
-        ("Who,\nwhen?", "Ann"),
-        ("p", "q"),
-        ("zip\u2028ped", "yes"),
-        ("n", "null"),
-    }
+    pairs = {("Who,\nwhen?", "Ann"), ("p", "q"), ("zip\u2028ped", "yes")}
+    assert found == {(f"Say {n}.", f"It is {n}.") for n in range(4)} | pairs
+    assert f"an empty answer, first {Path('data/raw/f.jsonl.gz')}:3" in done.stdout
     assert {row["text"] for row in rows if "text" in row} == {"One\nparagraph.", "Another."}
     assert done.stdout.startswith("read: 10 rows of 6 files in ")
 
@@ -253,11 +251,8 @@ def test_render_when_the_styled_rows_exist_then_reads_them_and_refuses_them_when
     plain = script("render_template", folder=tmp_path)
     assert plain.stdout.startswith("read: data/processed;")
     row = written(tmp_path / "data/rendered/train.jsonl")[0]
-    assert (
-        row["input"]
-        == f"<|im_start|>system\n<|im_end|>\n" * 0
-        + f"<|im_start|>user\n{written(tmp_path / 'data/processed/train.jsonl')[0]['user']}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    first = written(tmp_path / "data/processed/train.jsonl")[0]
+    assert row == {"input": f"<|im_start|>user\n{first['user']}<|im_end|>\n<|im_start|>assistant\n", "target": first["assistant"]}
     script("style_prompt", "--style=Short.", folder=tmp_path)
     styled = script("render_template", folder=tmp_path)
     assert styled.stdout.startswith("read: data/processed_with_style;")

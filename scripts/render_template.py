@@ -15,37 +15,39 @@ from surefoot.data.jinja_file import JinjaFile  # noqa: E402
 from surefoot.data.loading import SourceRow  # noqa: E402
 from surefoot.errors import DataError, UsageError  # noqa: E402
 
-PROCESSED, STYLED = "data/processed", "data/processed_with_style"
+PROCESSED, STYLED, RENDERED = "processed", "processed_with_style", "rendered"
 CHATML = ROOT / "configs/chatml.jinja"
 
 
-def render_template(in_: str = "", out: str = "data/rendered", template: str = "", config: str = "") -> None:
+def render_template(in_: str = "", out: str = "", template: str = "", config: str = "", data: str = "data") -> None:
     """Renders every row of the splits to {input, target}: the prompt and the answer, trained on as they stand, with EOS after the answer.
 
     Args:
-        in_: (--in) the folder of the splits; else data/processed_with_style where it exists, else data/processed.
-        out: the folder of the rendered splits; made when needed.
+        in_: (--in) the folder of the splits; else processed_with_style in the folder `data` where it exists, else processed.
+        out: the folder of the rendered splits, made when needed; else rendered in `data`.
         template: a Jinja file with the names system, instruction, prompt and messages; else the run file's, else configs/chatml.jinja.
         config: a run file (YAML), of which data.template_path is read.
+        data: the folder of the pipeline's stages.
     """
-    folder = in_ or _newest_stage()
+    folder = in_ or _newest_stage(data)
     path = template or (run_file.dotted(config).get("data.template_path") if config else None) or str(CHATML)
     renderer = Renderer(jinja_file.load(path, "template"))
-    counts = stage.rewrite(stage.split_files(folder, "in"), Path(out), renderer, "rendering")
+    counts = stage.rewrite(stage.split_files(folder, "in"), Path(out or f"{data}/{RENDERED}"), renderer, "rendering")
     print(f"read: {folder}; template {path}")
     if renderer.earlier_answers:
         print(f"{renderer.earlier_answers:,} earlier answers of conversations are input here, not trained on; {folder} trains on them")
     print("\n".join(f"written: {path}, {rows:,} rows" for path, rows in counts.items()))
 
 
-def _newest_stage() -> str:
+def _newest_stage(data: str) -> str:
     """Raises UsageError: the styled rows are older than the rows they were made of."""
-    styled, processed = (Path(folder) / "train.jsonl" for folder in (STYLED, PROCESSED))
-    if not styled.is_file():
-        return PROCESSED
-    if processed.is_file() and styled.stat().st_mtime < processed.stat().st_mtime:
-        raise UsageError(f"{STYLED} is older than {PROCESSED}. Style again (make style), or say --in={PROCESSED} or --in={STYLED}")
-    return STYLED
+    processed, styled = f"{data}/{PROCESSED}", f"{data}/{STYLED}"
+    if not Path(styled, "train.jsonl").is_file():
+        return processed
+    first = Path(processed, "train.jsonl")
+    if first.is_file() and Path(styled, "train.jsonl").stat().st_mtime < first.stat().st_mtime:
+        raise UsageError(f"{styled} is older than {processed}. Style again (make style), or say --in={processed} or --in={styled}")
+    return styled
 
 
 class Renderer:

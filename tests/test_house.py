@@ -17,6 +17,7 @@ LEVELS = {
         "surefoot.compat",
         "surefoot.command",
         "surefoot.run_file",
+        "surefoot.schema",
         "surefoot.stages",
         "surefoot.machine",
         "surefoot.inputs",

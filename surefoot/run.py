@@ -9,6 +9,7 @@ from typing import Any
 from surefoot import inputs, machine, plan_text, runtime, verdicts
 from surefoot.config import Config
 from surefoot.plan import Plan, attention_to_check, make_plan
+from surefoot.report import page
 
 
 def run(config: Config) -> Path:
@@ -29,7 +30,8 @@ def run(config: Config) -> Path:
     plan = make_plan(config, here, found, checked)
     say(plan_text.as_json(plan) if config.plan_json else plan_text.table(plan, all_rows=config.dry_run))
     if not config.dry_run:
-        carry_out(plan, say=say)
+        with page.kept(plan.output.folder, is_main=here.is_main):
+            carry_out(plan, say=say)
     return Path(plan.output.folder)
 
 

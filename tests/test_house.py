@@ -35,7 +35,7 @@ ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.o
 
 
 def level(module: str) -> int:
-    if module.startswith("surefoot.rules"):
+    if module.startswith(("surefoot.rules", "surefoot.report")):
         return 2
     if module.startswith(("surefoot.diagnosis", "surefoot.doctor")):
         return 4

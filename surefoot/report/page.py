@@ -11,7 +11,7 @@ from typing import Any
 from surefoot.report import parts, records
 from surefoot.report.records import Run
 
-SAMPLES = 12
+SAMPLES, CHARACTERS = 12, 600  # shown of the changed answers, and of each
 FIGURES = {
     "steps": "steps", "train_loss": "mean training loss", "eval_loss": "evaluation loss", "tokens": "tokens", "seconds": "seconds",
     "peak_memory_gib": "peak memory, GiB", "trainable_parameters": "trainable parameters",
@@ -61,7 +61,7 @@ def _outcome(run: Run) -> str:
         rows.append(("tokens/s over all", run.summary.get("tokens", 0) / run.summary["seconds"]))
     commit = f"{code.get('commit') or 'no commit'}{'' if code.get('is_clean') else ', with changes'}"
     rows.append(("code", f"surefoot {code.get('surefoot', '?')}, {commit}"))
-    return parts.table(("", ""), rows)
+    return parts.facts(rows)
 
 
 def _machine(run: Run) -> str:
@@ -102,7 +102,7 @@ def _data(data: Mapping[str, Any]) -> str:
     ]
     rows += [(f"dropped: {reason}", f"{drop['rows']:,}, first {drop['first']}") for reason, drop in (data.get("dropped") or {}).items()]
     rows += [("file", f"{file['path']} (sha256 {(file.get('sha256') or 'unknown')[:16]})") for file in data.get("files", [])]
-    return parts.table(("", ""), rows)
+    return parts.facts(rows)
 
 
 def _canary(attention: Mapping[str, Any] | None) -> str:
@@ -128,7 +128,7 @@ def _health(run: Run) -> str:
     rows: list[tuple[str, Any]] = [(name, parts.verdict(parts.plain(one), is_good=not one)) for name, one in found.items()]
     if memory.get("measured_peak_gib"):
         rows.append(("memory, GiB", f"{memory['estimated_gib']} estimated, {memory['measured_peak_gib']} measured"))
-    return parts.table(("", ""), rows)
+    return parts.facts(rows)
 
 
 def _evaluation(run: Run) -> str:
@@ -152,6 +152,14 @@ def _score(score: Mapping[str, float] | None) -> str:
 def _answers(run: Run) -> str:
     both = [row for row in run.answers if "base" in row and "trained" in row]
     changed = [row for row in both if row["base"].get("text") != row["trained"].get("text")]
-    rows = [(row["where"], row["reference"], row["base"].get("text"), row["trained"].get("text")) for row in changed[:SAMPLES]]
+    rows = [
+        (row["where"], *(_cut(text) for text in (row["reference"], row["base"].get("text"), row["trained"].get("text"))))
+        for row in changed[:SAMPLES]
+    ]
     told = f"<p>The first {len(rows)} of {len(changed):,} answers that changed, of {len(both):,}.</p>" if rows else ""
     return told + parts.table(("row", "reference", "base", "trained"), rows, texts=True)
+
+
+def _cut(text: str | None) -> str:
+    said = text or ""
+    return said if len(said) <= CHARACTERS else f"{said[:CHARACTERS]} (and {len(said) - CHARACTERS:,} more characters)"

@@ -11,10 +11,12 @@ from surefoot.report.charts import Curve, chart
 from surefoot.report.records import Run
 
 STYLE = """\
-:root { color-scheme: light dark; --ground: #fff; --ink: #1a1a1a; --quiet: #666; --line: #ddd; --bad: #b3261e; --good: #1b6e3c;
+:root { color-scheme: light dark;
+  --ground: #fff; --ink: #1a1a1a; --quiet: #666; --line: #ddd; --bad: #b3261e; --good: #1b6e3c;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b5468f; --c4: #a87900; --c5: #3a8fc4; --c6: #7a5cc0; --c7: #707070; }
-@media (prefers-color-scheme: dark) { :root { --ground: #17181a; --ink: #e8e8e8; --quiet: #9a9a9a; --line: #3a3c40; --bad: #ff8a80;
-  --good: #7fd6a2; --c0: #56b4e9; --c1: #ff8f4d; --c2: #2fc79b; --c3: #e393c6; --c4: #e6b422; --c5: #8fd0f5; --c6: #b09cf0; --c7: #a0a0a0; } }
+@media (prefers-color-scheme: dark) { :root {
+  --ground: #17181a; --ink: #e8e8e8; --quiet: #9a9a9a; --line: #3a3c40; --bad: #ff8a80; --good: #7fd6a2;
+  --c0: #56b4e9; --c1: #ff8f4d; --c2: #2fc79b; --c3: #e393c6; --c4: #e6b422; --c5: #8fd0f5; --c6: #b09cf0; --c7: #a0a0a0; } }
 * { box-sizing: border-box; }
 body { background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
@@ -71,6 +73,14 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], *, texts: bool = 
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
 
 
+def facts(rows: Sequence[tuple[str, Any]]) -> str:
+    """What is told, and what it is; empty where there are no rows."""
+    lines = [
+        f"<tr><td>{escape(name)}</td><td>{value if isinstance(value, Html) else escape(plain(value))}</td></tr>" for name, value in rows
+    ]
+    return f'<div class="wide"><table>\n{chr(10).join(lines)}\n</table></div>' if rows else ""
+
+
 def _cell(cell: Any, texts: bool) -> str:
     if isinstance(cell, Html):
         return f"<td>{cell}</td>"
@@ -88,9 +98,9 @@ def plain(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+        return f"{value:,}"
     if isinstance(value, dict):
         return " ".join(f"{key}={plain(item)}" for key, item in value.items()) or "-"
     if isinstance(value, (list, tuple)):

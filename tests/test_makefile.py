@@ -21,18 +21,6 @@ infer-interactive merge merge-bf16 merge-test schema test test-slow lint check c
 MADE = {name: (ROOT / f"scripts/{name}.py").is_file() for name in ("evaluate", "infer", "merge")}
 
 
-@pytest.fixture(scope="module")
-def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VENV that counts as installed and runs this Python."""
-    folder = tmp_path_factory.mktemp("venv")
-    (folder / "bin").mkdir()
-    python = folder / "bin/python"
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
-    (folder / ".installed").touch()
-    return folder
-
-
 def make(venv: Path, *words: object, timeout_s: int = 60) -> subprocess.CompletedProcess[str]:
     # not the VENV or MAKEFLAGS of a make that runs these tests
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "VENV"}

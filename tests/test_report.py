@@ -77,7 +77,7 @@ def test_run_when_done_then_its_report_has_plan_audit_curves_and_needs_nothing_e
     shown = found(source)
     assert not {"script", "link", "img", "iframe"} & set(shown.tags)
     assert not any(word in source for word in ("http", "url(", "@import"))
-    drawn = [label for label in shown.attributes["aria-label"]]
+    drawn = shown.attributes["aria-label"]
     assert drawn == [
         f"{name} by step" for name in ("loss", "gradient norm", "learning rate", "tokens/s, padding left out", "peak memory, GiB")
     ]

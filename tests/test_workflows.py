@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, TRAIN_ROWS
-from tests.test_makefile import MADE, venv
+from tests.test_makefile import MADE
 
-__all__ = ["venv"]
 SCRIPTS = sorted([*(ROOT / "workflows").glob("*.sh"), *(ROOT / "scripts").glob("*.sh")])
 QUICK = "--max_steps=2 --batch_size=8 --eval_strategy=no --save_strategy=no --val_set_size=0"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot.errors import SurefootError, UsageError  # noqa: E402
+from surefoot import command  # noqa: E402
+from surefoot.errors import UsageError  # noqa: E402
 from surefoot.report import comparison, page, records  # noqa: E402
 
 
@@ -25,7 +26,7 @@ def compare_runs(*folders: str, out: str = "comparison.html") -> None:
     """
     if not folders:
         raise UsageError("name two run folders or more")
-    runs = comparison.named_apart([records.read(Path(str(folder))) for folder in folders])
+    runs = comparison.named_apart([records.read(Path(folder)) for folder in folders])
     if len(runs) == 1:
         print(f"written: {page.write(runs[0].folder)}")
         return
@@ -39,16 +40,5 @@ def compare_runs(*folders: str, out: str = "comparison.html") -> None:
     print(f"written: {out}")
 
 
-def main() -> int:
-    import fire
-
-    try:
-        fire.Fire(compare_runs, name="compare_runs.py", serialize=lambda _: None)
-    except SurefootError as error:
-        print(f"compare_runs.py: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(compare_runs))

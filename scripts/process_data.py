@@ -6,9 +6,10 @@ import json
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
@@ -16,12 +17,20 @@ sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is no
 from surefoot import command, run_file  # noqa: E402
 from surefoot.data import stream, structured  # noqa: E402
 from surefoot.data.formats import Dropped  # noqa: E402
+from surefoot.data.loading import SourceRow  # noqa: E402
 from surefoot.data.report import percent  # noqa: E402
 from surefoot.data.three_splits import ThreeSplits  # noqa: E402
 from surefoot.errors import DataError, UsageError  # noqa: E402
 
 RATIOS = {"train": 0.7, "val": 0.1, "test": 0.2}
 OVERLONG = ("drop", "truncate_prompt")
+
+
+class Caps(NamedTuple):
+    """The longest question and answer in characters (0: any), and what a longer question does."""
+
+    max_chars: int
+    overlong: str
 
 
 @dataclass
@@ -76,43 +85,43 @@ def process_data(
     settings = run_file.dotted(config) if config else {}
     shares = _shares(settings, config)
     used_seed = settings.get("seed", 42) if seed is None else seed
+    if max_chars < 0:
+        raise UsageError(f"--max_chars={max_chars} must be at least 0 (0: any length)")
     if overlong not in OVERLONG:
         raise UsageError(f"--overlong={overlong} is not one of {', '.join(OVERLONG)}")
     files = stream.find(raw_path, "raw_path")
     folder = Path(out)
     if any(path.resolve().parent == folder.resolve() for path in files.paths):
         raise UsageError(f"--out={out} is the folder of the raw files. Name another one")
-    structurer = structured.Structurer(structured.Fields(user_field, assistant_field), system_prompt)
     began, counts, splits = time.perf_counter(), Counts(), ThreeSplits(folder, used_seed)
     try:
-        for row in stream.rows(files, "processing"):
-            counts.read += 1
-            columns = structurer(row)
-            if not isinstance(columns, Dropped) and max_chars:
-                columns = _capped(columns, max_chars, overlong, counts)
-            if isinstance(columns, Dropped):
-                counts.drop(columns.reason, row.where)
-            else:
-                splits.add(structured.as_line(columns, row.where))
+        structurer = structured.Structurer(structured.Fields(user_field, assistant_field), system_prompt)
+        for row, columns in _kept(files, structurer, Caps(max_chars, overlong), counts):
+            splits.add(structured.as_line(columns, row.where))
         if not splits.hashes:
             raise DataError("\n".join([f"--raw_path={raw_path}: no row is left of {counts.read:,}", *counts.lines(max_chars)]))
         sizes = splits.close(shares)
     finally:
         splits.discard()
-    seconds = time.perf_counter() - began
-    record = {
-        "files": [str(path) for path in files.paths],
-        "seed": used_seed,
-        "shares": shares,
-        "max_chars": max_chars,
-        "rows_read": counts.read,
-    }
-    record |= {"cut": counts.cut, "dropped": counts.dropped, "first": counts.first, "splits": sizes}
-    (folder / "report.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"read: {counts.read:,} rows of {len(files.paths)} file{'s' * (len(files.paths) > 1)} in {seconds:.1f} s")
+    record = {"files": [str(path) for path in files.paths], "seed": used_seed, "shares": shares, "max_chars": max_chars, "splits": sizes}
+    (folder / "report.json").write_text(json.dumps(record | asdict(counts), indent=2) + "\n", encoding="utf-8")
+    print(f"read: {counts.read:,} rows of {len(files.paths)} file{'s' * (len(files.paths) > 1)} in {time.perf_counter() - began:.1f} s")
     print(
         "\n".join([*counts.lines(max_chars), *(f"written: {folder / name}.jsonl, {rows:,} rows" for name, rows in sizes.items() if rows)])
     )
+
+
+def _kept(files: stream.Files, structurer: structured.Structurer, caps: Caps, counts: Counts) -> Iterator[tuple[SourceRow, dict[str, Any]]]:
+    """Each row that stays, with its chat row; the others are counted."""
+    for row in stream.rows(files, "processing"):
+        counts.read += 1
+        columns = structurer(row)
+        if not isinstance(columns, Dropped) and caps.max_chars:
+            columns = _capped(columns, caps, counts)
+        if isinstance(columns, Dropped):
+            counts.drop(columns.reason, row.where)
+        else:
+            yield row, columns
 
 
 def _shares(settings: dict[str, Any], config: str) -> list[float]:
@@ -127,15 +136,16 @@ def _shares(settings: dict[str, Any], config: str) -> list[float]:
     return shares
 
 
-def _capped(columns: dict[str, Any], max_chars: int, overlong: str, counts: Counts) -> dict[str, Any] | Dropped:
+def _capped(columns: dict[str, Any], caps: Caps, counts: Counts) -> dict[str, Any] | Dropped:
     """The row, cut or dropped where a part is longer than max_chars."""
+    max_chars = caps.max_chars
     if "assistant" not in columns:
         texts = [columns["text"]] if "text" in columns else [turn["content"] for turn in columns["messages"]]
         return columns if max(map(len, texts)) <= max_chars else Dropped(f"a text of more than max_chars={max_chars}")
     if len(columns["assistant"]) > max_chars:
         return Dropped(f"an answer of more than max_chars={max_chars}")
     if len(columns["user"]) > max_chars:
-        if overlong == "drop":
+        if caps.overlong == "drop":
             return Dropped(f"a question of more than max_chars={max_chars}")
         counts.cut += 1
         columns["user"] = columns["user"][-max_chars:]

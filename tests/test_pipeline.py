@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,6 +172,24 @@ def test_files_when_of_every_kind_then_each_gives_its_rows(tmp_path: Path) -> No
     assert f"an empty answer, first {Path('data/raw/f.jsonl.gz')}:3" in done.stdout
     assert {row["text"] for row in rows if "text" in row} == {"One\nparagraph.", "Another."}
     assert done.stdout.startswith("read: 10 rows of 6 files in ")
+
+
+def peak_mb(*words: object) -> float:
+    """Peak memory of process_data.py as the kernel counts it."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "scripts/process_data.py"), *map(str, words)], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    return used.ru_maxrss / 1024
+
+
+def test_memory_when_the_file_is_a_hundred_times_as_long_then_grows_by_its_hashes_only(tmp_path: Path) -> None:
+    peaks = []
+    for rows in (1_500, 150_000):
+        path = tmp_path / f"{rows}.jsonl"
+        path.write_text("".join(f'{{"question": "{number} {"word " * 60}", "answer": "yes"}}\n' for number in range(rows)))
+        peaks.append(peak_mb("--raw_path", path, "--out", tmp_path / "out"))
+    assert path.stat().st_size > 45e6
+    assert peaks[1] - peaks[0] < 25
 
 
 @pytest.mark.parametrize(

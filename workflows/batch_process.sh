@@ -66,11 +66,13 @@ while IFS=$'\t' read -r name files config; do
   [ "$code" -eq 0 ] || failed=$((failed + 1))
 done < <(tail -n +4 <<<"$list")
 
+row() { printf '%-20s %-32s %4s  %7s  %s\n' "$@"; }
 printf '\n'
-{
-  printf 'data set\tconfig\texit\ttime\tfolder\n'
-  printf '%s\n' "${results[@]}"
-} | column -t -s $'\t'
+row 'data set' config exit time folder
+for result in "${results[@]}"; do
+  IFS=$'\t' read -r -a cells <<<"$result"
+  row "${cells[@]}"
+done
 folders=()
 for result in "${results[@]}"; do
   [ -f "${result##*$'\t'}/run.json" ] && folders+=("${result##*$'\t'}")

@@ -51,7 +51,7 @@ def rewrite(sources: Sequence[Path], folder: Path, change: Callable[[SourceRow],
 def _write(source: Path, part: Path, change: Callable[[SourceRow], Mapping[str, Any]], doing: str) -> int:
     rows = 0
     with part.open("wb") as file:
-        for row in stream.rows(stream.find(str(source), "in"), doing):
+        for row in stream.rows(stream.Files((source,), source.stat().st_size), doing):
             file.write(as_line(change(row), row.where))
             rows += 1
     return rows

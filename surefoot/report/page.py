@@ -25,7 +25,10 @@ def kept(folder: str, *, is_main: bool) -> Iterator[None]:
         yield
     finally:
         if is_main and Path(folder, "run.json").is_file():
-            write(Path(folder))
+            try:
+                write(Path(folder))
+            except OSError as error:  # the run itself is saved, or has an error of its own to tell
+                print(f"report.html could not be written: {error}", flush=True)
 
 
 def write(folder: Path) -> Path:

@@ -58,7 +58,7 @@ process: install ## DATA/raw to chat rows in DATA/processed
 	$(PYTHON) scripts/process_data.py --raw_path=$(DATA)/raw --out=$(DATA)/processed --config=$(CONFIG)
 
 style: install ## write STYLE into the system prompts: DATA/processed_with_style
-	$(PYTHON) scripts/style_prompt.py --style=$(call quoted,$(STYLE)) --in=$(DATA)/processed --out=$(DATA)/processed_with_style
+	$(PYTHON) scripts/style_prompt.py --style=$(call quoted,$(value STYLE)) --in=$(DATA)/processed --out=$(DATA)/processed_with_style
 
 render: install ## the styled rows, else the processed ones, through CONFIG's Jinja file: DATA/rendered
 	$(PYTHON) scripts/render_template.py --data=$(DATA) --config=$(CONFIG)

@@ -46,12 +46,12 @@ def test_target_when_made_dry_then_is_known_and_runs_what_exists(venv: Path, tar
 
 def test_targets_when_listed_then_help_has_each(venv: Path) -> None:
     listed = {word for line in make(venv, "help").stdout.splitlines() for word in line.split("  ")[0].split()}
-    assert set(TARGETS) - listed <= {"train-bnb-tb", "train-unsloth-tb", "tensorboard", "tb"} - listed
+    assert set(TARGETS) - listed == {"train-bnb-tb", "train-unsloth-tb"}
 
 
 def test_variables_when_given_then_reach_the_commands_whole(venv: Path) -> None:
     style = 'Don\'t say "$HOME"; 2 lines.'
-    (command,) = said(venv, "style", f"STYLE={style.replace('$', '$$')}", "DATA=d")
+    (command,) = said(venv, "style", f"STYLE={style}", "DATA=d")
     assert command[1:] == ["scripts/style_prompt.py", f"--style={style}", "--in=d/processed", "--out=d/processed_with_style"]
     (command,) = said(venv, "train", "MODEL=org/m", "TRAIN_ON=rendered", "FLAGS=--stage 2")
     assert command[1:] == [

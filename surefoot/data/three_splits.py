@@ -1,4 +1,4 @@
-"""ThreeSplits: lines as they come to train.jsonl, val.jsonl and test.jsonl of exact shares, in memory that does not grow with the lines."""
+"""ThreeSplits: lines as they come to train.jsonl, val.jsonl and test.jsonl of exact shares, in 8 bytes of memory a line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from surefoot.data.stage import SPLITS
 
-KEPT_BYTES = 8  # of each line's hash: the only thing that stays in memory
+KEPT_BYTES = 8  # of each line's hash
 
 
 class ThreeSplits:

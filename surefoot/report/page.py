@@ -11,6 +11,8 @@ from typing import Any
 from surefoot.report import parts, records
 from surefoot.report.records import Run
 
+DATA = ("rows_read", "train_rows", "eval_rows", "split", "formats", "styles")
+DATA += ("tokens", "trained_tokens", "mean_length", "p95_length", "max_length")
 SAMPLES, CHARACTERS = 12, 600  # shown of the changed answers, and of each
 FIGURES = {
     "steps": "steps", "train_loss": "mean training loss", "eval_loss": "evaluation loss", "tokens": "tokens", "seconds": "seconds",
@@ -62,7 +64,7 @@ def _outcome(run: Run) -> str:
     rows += [(text, run.summary[key]) for key, text in FIGURES.items() if key in run.summary]
     if run.summary.get("seconds"):
         rows.append(("tokens/s over all", run.summary.get("tokens", 0) / run.summary["seconds"]))
-    commit = f"{code.get('commit') or 'no commit'}{'' if code.get('is_clean') else ', with changes'}"
+    commit = f"{code.get('commit') or 'no commit'}{', with changes' if code.get('is_clean') is False else ''}"
     rows.append(("code", f"surefoot {code.get('surefoot', '?')}, {commit}"))
     return parts.facts(rows)
 
@@ -93,16 +95,7 @@ def _data(data: Mapping[str, Any]) -> str:
         return ""
     passed = str(data.get("verdict", "")).startswith("passed")
     rows: list[tuple[str, Any]] = [("audit", parts.verdict(str(data.get("verdict", "")), is_good=passed))]
-    rows += [
-        (name.replace("_", " "), data[name])
-        for name in ("rows_read", "train_rows", "eval_rows", "split", "formats", "styles")
-        if name in data
-    ]
-    rows += [
-        (name.replace("_", " "), data[name])
-        for name in ("tokens", "trained_tokens", "mean_length", "p95_length", "max_length")
-        if name in data
-    ]
+    rows += [(name.replace("_", " "), data[name]) for name in DATA if name in data]
     rows += [(f"dropped: {reason}", f"{drop['rows']:,}, first {drop['first']}") for reason, drop in (data.get("dropped") or {}).items()]
     rows += [("file", f"{file['path']} (sha256 {(file.get('sha256') or 'unknown')[:16]})") for file in data.get("files", [])]
     return parts.facts(rows)
@@ -115,10 +108,8 @@ def _canary(attention: Mapping[str, Any] | None) -> str:
         (v["backend"], v["mask"], parts.verdict(v["state"], is_good=v["state"] == "pass"), v["error"], v["milliseconds"], v["reason"])
         for v in attention["rows"]
     ]
-    return (
-        parts.table(("backend", "mask", "verdict", "error against fp64", "ms", "reason"), rows)
-        + f"<p>{escape(str(attention['origin']))}</p>"
-    )
+    heads = ("backend", "mask", "verdict", "error against fp64", "ms", "reason")
+    return parts.table(heads, rows) + f"<p>{escape(str(attention['origin']))}</p>"
 
 
 def _health(run: Run) -> str:

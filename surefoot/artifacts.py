@@ -18,7 +18,7 @@ from surefoot.plan import Plan
 from surefoot.plan_text import as_record
 
 OURS = (
-    "run.json", "backend.json", "metrics.jsonl", "audit.json", "bad_steps", "bad_steps.jsonl", "heartbeats",
+    "report.html", "run.json", "backend.json", "metrics.jsonl", "audit.json", "bad_steps", "bad_steps.jsonl", "heartbeats",
     "adapter_config.json", "adapter_model.safetensors", "README.md", "config.json",
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
     "checkpoint-*", "runs", "evaluation.json", "evaluation.jsonl",

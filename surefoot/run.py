@@ -1,4 +1,4 @@
-"""The story of a run: probe, plan, apply, load, data, train, save."""
+"""The story of a run: probe, plan, apply, data, model, train, save."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 from surefoot import detection, inputs, machine, plan_text, runtime, signals, verdicts
 from surefoot.config import Config
 from surefoot.errors import BackendError, UnslothRefusedError
+from surefoot.machine import Machine
 from surefoot.plan import Plan, attention_to_check, make_plan, unsloth_to_try
+from surefoot.report import page
+from surefoot.signals import StopRequest
 
 
 def run(config: Config) -> Path:
@@ -21,46 +24,36 @@ def run(config: Config) -> Path:
     if config.debug:
         runtime.debug_switches()
     here = machine.probe()
+    say = partial(print, flush=True) if here.is_main else _silent
     with signals.heeded(here.stop_file, watches_launcher=here.world_size > 1) as request:
-        return _run(config, here, request)
+        plan = decide(config, here, say)
+        if plan.output.is_finished:
+            say(f"the run in {plan.output.folder} is finished: nothing is left to do")
+        elif not config.dry_run:
+            with page.kept(plan.output.folder, is_main=here.is_main):
+                carry_out(plan, request, say=say, may_start_again=not config.strict_backend)
+    return Path(plan.output.folder)
 
 
-def _run(config: Config, here: machine.Machine, request: signals.StopRequest) -> Path:
+def decide(config: Config, here: Machine, say: Any) -> Plan:
+    """The plan, printed. What it must know of Unsloth and of attention kernels is tried first, except under --dry_run."""
     found = inputs.inspect(config)
     if here.gpus and not config.dry_run:
         found = inputs.with_hub_config(found, config.revision)
-    say = partial(print, flush=True) if here.is_main else _silent
     case = unsloth_to_try(config, here, found)
     tried = None if case is None else detection.known(here, case) if config.dry_run else detection.ask(here, case, say=say)
     shape = attention_to_check(config, here, found, tried)
     checked = None if shape is None else verdicts.known(here, shape) if config.dry_run else verdicts.ask(here, shape, say=say)
     plan = make_plan(config, here, found, checked, tried)
     say(plan_text.as_json(plan) if config.plan_json else plan_text.table(plan, all_rows=config.dry_run))
-    if plan.output.is_finished:
-        say(f"the run in {plan.output.folder} is finished: nothing is left to do")
-    elif not config.dry_run:
-        try:
-            carry_out(plan, request, say=say)
-        except UnslothRefusedError as refused:
-            if config.strict_backend:
-                raise BackendError(f"--backend={config.backend} --strict_backend: {refused.reason}") from refused
-            raise
-    return Path(plan.output.folder)
+    return plan
 
 
-def carry_out(plan: Plan, request: signals.StopRequest, *, say: Any) -> None:
+def carry_out(plan: Plan, request: StopRequest, *, say: Any, may_start_again: bool = True) -> None:
     """Everything that needs torch, in order. The run folder is touched only once rows and model are good."""
-    attach_by = None
-    if runtime.is_unsloth(plan):  # first: it patches transformers, peft and trl as they are imported
-        from surefoot.backends import unsloth as backend
-
-        attach_by = partial(backend.attach, recompute=plan.model.use_gradient_checkpointing, seed=plan.process.seed)
-    else:
-        from surefoot.backends import hf as backend  # type: ignore[no-redef]
-    from surefoot import adapters, artifacts, tokens, weights
-    from surefoot.data import audit, packing, prepare, rows
-    from surefoot.ops import head
-    from surefoot.ops.fuse import fuse
+    backend = runtime.backend(plan)  # first: Unsloth patches transformers, peft and trl as they are imported
+    from surefoot import artifacts, assembly, tokens
+    from surefoot.data import audit, packing, prepare
     from surefoot.training import trainer
 
     runtime.apply(plan.process)
@@ -76,38 +69,18 @@ def carry_out(plan: Plan, request: signals.StopRequest, *, say: Any) -> None:
         raise
     plan, data = packing.settle(plan, data)
     say("\n".join(data.report.lines()))
-    model = backend.load_model(plan.model, len(tokenizer), plan.adapter.target_modules)
-    zero_rows = weights.zero_rows(model, plan.adapter.target_modules)
-    if zero_rows:
-        say(weights.describe(zero_rows, plan.adapter.method))
-    if data.packed is not None and plan.train.packed_attention == "varlen":
-        from surefoot.attention import packed
-
-        packed.use_varlen(model)
-    model = adapters.attach(model, plan.adapter, plan.process.seed, attach_by)
-    if plan.adapter.init_lora_weights == "loftq":
-        from surefoot import loftq
-
-        say(f"LoftQ: {loftq.start(model, plan.model.path, plan.model.revision)} layers start from what quantization lost")
-        adapters.reset_magnitudes(model)
-    say(adapters.describe(model))
-    if plan.model.fused_adapters:
-        say(fuse(model, in_pieces=plan.machine.cuts_weights).line())
-    collator: Any = packing.collator(data, rows.Collator(pad_token_id=pad.token_id))
-    if plan.model.fused_loss:
-        head.use_head_loss(model, compiled=plan.model.enable_torch_compile)
-        collator = head.WithPositions(collator)
-    if plan.model.enable_torch_compile:
-        count = adapters.compile_layers(model, in_pieces=plan.machine.cuts_weights)
-        say(f"torch.compile: {count} decoder layers, compiled at their first step")
-    kernels = backend.kernels(model)
-    say(f"active: {'; '.join(kernels)}")
-    with artifacts.opened(plan, kernels) as folder:
-        folder.note(pad=pad._asdict(), zero_rows=zero_rows)
+    try:
+        made = assembly.assemble(plan, backend, data, len(tokenizer), pad.token_id, say=say)
+    except UnslothRefusedError as refused:
+        if may_start_again:
+            raise
+        raise BackendError(f"--backend=unsloth --strict_backend: {refused.reason}") from refused
+    with artifacts.opened(plan, made.kernels) as folder:
+        folder.note(pad=pad._asdict(), zero_rows=made.zero_rows)
         folder.note_data(data.report.as_record())
         if folder.is_main:
             audit.write_audit(data.audit, folder.path)
-        summary = trainer.train(plan, model, tokenizer, data, collator, request)
+        summary = trainer.train(plan, made.model, tokenizer, data, made.collator, request)
         folder.check_saved()
         folder.note(summary=summary)
     say(trainer.summary_line(summary, plan.output.folder))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ def read(path: str) -> dict[str, Any]:
     return flat
 
 
+def dotted(path: str) -> dict[str, Any]:
+    """Every value of the file under its dotted name (data.split.val_ratio), for the programs beside training. Raises as read() does."""
+    return dict(_leaves(_load(Path(path), seen=()), whole=()))
+
+
 def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     import yaml
 
@@ -102,12 +107,12 @@ def _flatten(content: Mapping[str, Any], problems: list[str], path: str) -> dict
     return flat
 
 
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _leaves(content: Mapping[str, Any], prefix: str = "", whole: Iterable[str] = ELSEWHERE) -> list[tuple[str, Any]]:
+    """(dotted name, value) of each value; mappings named in `whole` are values."""
     leaves: list[tuple[str, Any]] = []
     for key, value in content.items():
-        dotted = f"{prefix}{key}"
-        is_group = isinstance(value, dict) and dotted not in ELSEWHERE
-        leaves += _leaves(value, f"{dotted}.") if is_group else [(dotted, value)]
+        name = f"{prefix}{key}"
+        leaves += _leaves(value, f"{name}.", whole) if isinstance(value, dict) and name not in whole else [(name, value)]
     return leaves
 
 

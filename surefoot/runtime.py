@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from surefoot.errors import BackendError
 from surefoot.machine import UNSLOTH_REFUSED
@@ -17,8 +17,8 @@ def debug_switches() -> None:
     os.environ["TORCH_USE_CUDA_DSA"] = "1"
 
 
-def is_unsloth(plan: Plan) -> bool:
-    """True where this process is to import Unsloth next; its environment is then set.
+def backend(plan: Plan) -> Any:
+    """The module of backends/ that loads the model of a plan, imported. Unsloth's environment is set before.
 
     Raises:
         BackendError: this process has imported what Unsloth must come before, or Unsloth where the plan is another backend's.
@@ -26,7 +26,9 @@ def is_unsloth(plan: Plan) -> bool:
     if plan.backend != "unsloth":
         if "unsloth" in sys.modules:
             raise BackendError(f"--backend={plan.backend}: this process has imported Unsloth, which patched transformers. Start a new one")
-        return False
+        from surefoot.backends import hf
+
+        return hf
     early = [name for name in ("transformers", "peft", "trl") if name in sys.modules]
     if early and "unsloth" not in sys.modules:
         raise BackendError(
@@ -36,7 +38,9 @@ def is_unsloth(plan: Plan) -> bool:
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would report each run to the Hub
     # else it makes ./unsloth_compiled_cache
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", os.path.join(plan.machine.cache_dir, "unsloth_compiled"))
-    return True
+    from surefoot.backends import unsloth
+
+    return unsloth
 
 
 def start_again(reason: str) -> NoReturn:

@@ -15,7 +15,9 @@ LEVELS = {
         "surefoot.config",
         "surefoot.flag_values",
         "surefoot.compat",
+        "surefoot.command",
         "surefoot.run_file",
+        "surefoot.schema",
         "surefoot.stages",
         "surefoot.machine",
         "surefoot.inputs",
@@ -42,6 +44,7 @@ LEVELS = {
     ],
     4: [
         "surefoot.run",
+        "surefoot.assembly",
         "surefoot.cli",
         "surefoot.launcher",
         "surefoot.inference",
@@ -55,7 +58,7 @@ ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.e
 
 
 def level(module: str) -> int:
-    if module.startswith("surefoot.rules"):
+    if module.startswith(("surefoot.rules", "surefoot.report")):
         return 2
     if module.startswith(("surefoot.diagnosis", "surefoot.doctor", "surefoot.launch.")):
         return 4

@@ -41,6 +41,7 @@ class JinjaFile:
     path: str
     template: jinja2.Template
     has_markers: bool
+    flag: str = "prompt_style"
 
     def render(self, example: Example) -> tuple[str, Spans]:
         """The whole text and the spans of its answers.
@@ -50,7 +51,7 @@ class JinjaFile:
         """
         if not (example.turns or self.has_markers):
             raise DataError(
-                f"{example.where}: --prompt_style={self.path} renders a prompt, and a row of plain text has no answer to follow it. "
+                f"{example.where}: --{self.flag}={self.path} renders a prompt, and a row of plain text has no answer to follow it. "
                 "Put {% generation %} ... {% endgeneration %} around the answer in the file, or give --prompt_style=auto"
             )
         answer = example.turns[-1].text if example.turns else ""
@@ -58,15 +59,15 @@ class JinjaFile:
             marked = self.template.render(_variables(example))
         except jinja2.TemplateError as error:
             raise DataError(
-                f"{example.where}: --prompt_style={self.path}: {error.message}. The row has columns {', '.join(map(str, example.columns))}"
+                f"{example.where}: --{self.flag}={self.path}: {error.message}. The row has columns {', '.join(map(str, example.columns))}"
             ) from None
         if not self.has_markers:
             return marked + answer, ((len(marked), len(marked) + len(answer)),)
-        return _unmarked(marked, f"{example.where}: --prompt_style={self.path}")
+        return _unmarked(marked, f"{example.where}: --{self.flag}={self.path}")
 
 
-def load(path: str) -> JinjaFile:
-    """The compiled file.
+def load(path: str, flag: str = "prompt_style") -> JinjaFile:
+    """The compiled file; errors name it as the value of `flag`.
 
     Raises:
         UsageError: it cannot be read, or is not valid Jinja.
@@ -80,12 +81,12 @@ def load(path: str) -> JinjaFile:
         tree = environment.parse(source)
         template = environment.from_string(source)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--prompt_style={path} is neither auto, alpaca, alpaca_indented, chat, nor a readable Jinja file: {error}"
-        ) from None
+        others = "is neither auto, alpaca, alpaca_indented, chat, nor" if flag == "prompt_style" else "is not"
+        raise UsageError(f"--{flag}={path} {others} a readable Jinja file: {error}") from None
     except jinja2.TemplateSyntaxError as error:
-        raise UsageError(f"--prompt_style={path}:{error.lineno}: not valid Jinja: {error.message}") from None
-    return JinjaFile(path=path, template=template, has_markers=any(map(_is_marker, tree.find_all(jinja2.nodes.CallBlock))))
+        raise UsageError(f"--{flag}={path}:{error.lineno}: not valid Jinja: {error.message}") from None
+    has_markers = any(map(_is_marker, tree.find_all(jinja2.nodes.CallBlock)))
+    return JinjaFile(path=path, template=template, has_markers=has_markers, flag=flag)
 
 
 def _is_marker(block: jinja2.nodes.CallBlock) -> bool:

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,11 +80,12 @@ def _bytes(file: Path) -> bytes:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def _text(file: str, raw: bytes) -> str:
+def decoded(file: str, raw: bytes, first: int = 1) -> str:
+    """UTF-8 without a byte-order mark; raw begins with the file's line `first`. Raises DataError: it is another encoding."""
     try:
         return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = raw.count(b"\n", 0, error.start) + first
         encoding = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "ISO-8859-1"
         raise DataError(
             f"{file}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start} (line {line}). "
@@ -94,12 +95,12 @@ def _text(file: str, raw: bytes) -> str:
 
 def _read_json(file: str, raw: bytes) -> list[SourceRow]:
     """A list of rows, {"data": [rows]}, one row, or JSON lines under the wrong ending."""
-    text = _text(file, raw)
+    text = decoded(file, raw)
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if text.lstrip().startswith("{") and error.msg == "Extra data":
-            return list(_json_lines(file, text))
+            return list(json_lines(file, text.split("\n")))
         if not text.strip():
             return []
         raise DataError(_not_json(file, error.lineno, error)) from None
@@ -107,21 +108,22 @@ def _read_json(file: str, raw: bytes) -> list[SourceRow]:
         content = content["data"] if isinstance(content.get("data"), list) else [content]
     if not isinstance(content, list):
         raise DataError(f"{file}: holds {kind(content)}, where a list of rows is needed")
-    return [_row(file, number, columns) for number, columns in enumerate(content, 1)]
+    return [row(file, number, columns) for number, columns in enumerate(content, 1)]
 
 
 def _read_jsonl(file: str, raw: bytes) -> list[SourceRow]:
     """One row a line, or a JSON list under the wrong ending."""
-    text = _text(file, raw)
-    return _read_json(file, raw) if text.lstrip().startswith("[") else list(_json_lines(file, text))
-
-
-def _json_lines(file: str, text: str) -> Iterator[SourceRow]:
+    text = decoded(file, raw)
     # not splitlines(): it also breaks at U+2028 and U+0085, which JSON allows inside a string
-    for number, line in enumerate(text.split("\n"), 1):
+    return _read_json(file, raw) if text.lstrip().startswith("[") else list(json_lines(file, text.split("\n")))
+
+
+def json_lines(file: str, lines: Iterable[str], first: int = 1) -> Iterator[SourceRow]:
+    """A row for each line that is not blank; the lines begin with the file's `first`. Raises DataError: not JSON, or no object."""
+    for number, line in enumerate(lines, first):
         if line and not line.isspace():
             try:
-                yield _row(file, number, json.loads(line))
+                yield row(file, number, json.loads(line))
             except json.JSONDecodeError as error:
                 raise DataError(_not_json(file, number, error)) from None
 
@@ -130,7 +132,8 @@ def _not_json(file: str, line: int, error: json.JSONDecodeError) -> str:
     return f"{file}:{line}: not valid JSON: {error.msg} at column {error.colno}"
 
 
-def _row(file: str, number: int, columns: Any) -> SourceRow:
+def row(file: str, number: int, columns: Any) -> SourceRow:
+    """The columns as the file's row `number`. Raises DataError: they have no names."""
     if not isinstance(columns, dict):
         raise DataError(f"{file}:{number}: a row must be an object with named columns, found {kind(columns)}")
     return SourceRow(columns, f"{file}:{number}")
@@ -149,8 +152,12 @@ def kind(value: Any) -> str:
 
 
 def _read_csv(file: str, raw: bytes) -> list[SourceRow]:
-    reader = csv.reader(io.StringIO(_text(file, raw), newline=""), strict=True)
-    rows: list[SourceRow] = []
+    return list(csv_rows(file, io.StringIO(decoded(file, raw), newline="")))
+
+
+def csv_rows(file: str, lines: Iterable[str]) -> Iterator[SourceRow]:
+    """A row for each record under the header. Raises DataError: not CSV, or another number of cells than the header's."""
+    reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
@@ -162,10 +169,9 @@ def _read_csv(file: str, raw: bytes) -> list[SourceRow]:
                     'Put cells with commas or line breaks between double quotes (")'
                 )
             if cells:
-                rows.append(_row(file, reader.line_num, dict(zip(header, cells, strict=True))))
+                yield row(file, reader.line_num, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise DataError(f"{file}:{reader.line_num}: not valid CSV: {error}. Mend it, or give the rows as .jsonl") from None
-    return rows
 
 
 def _read_parquet(file: str, raw: bytes) -> list[SourceRow]:
@@ -176,7 +182,7 @@ def _read_parquet(file: str, raw: bytes) -> list[SourceRow]:
         table = pyarrow.parquet.read_table(io.BytesIO(raw))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable parquet file: {error}") from None
-    return [_row(file, number, columns) for number, columns in enumerate(table.to_pylist(), 1)]
+    return [row(file, number, columns) for number, columns in enumerate(table.to_pylist(), 1)]
 
 
 READERS: dict[str, Callable[[str, bytes], list[SourceRow]]] = {
@@ -198,4 +204,4 @@ def _read_hub(name: str, split: str) -> list[SourceRow]:
             f"--data_path={name} is no file here, and the Hugging Face data set of that name (--data_split={split}) could not be "
             f"loaded: {reason}. Without a connection, download it first and give its files (json, jsonl, csv or parquet)"
         ) from None
-    return [_row(name, number, columns) for number, columns in enumerate(table.to_list(), 1)]
+    return [row(name, number, columns) for number, columns in enumerate(table.to_list(), 1)]

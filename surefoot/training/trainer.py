@@ -80,6 +80,7 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
     result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
     trainer.heartbeat.beat("end", result.global_step)
+    trainer.request.begin()  # what is left is short, and is not stopped
     trainer.settle()
     if trainer.stop_reason is not None:
         raise NumericsError(trainer.stop_reason)

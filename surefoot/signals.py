@@ -16,6 +16,7 @@ from surefoot.errors import Preempted
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_S = 2.0  # a terminal and a launcher each pass on one Ctrl-C: what comes so soon is the same request
+STUCK_S = 5.0  # for a Python handler to get its turn
 
 
 @dataclass(kw_only=True)
@@ -76,6 +77,22 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _deafen() -> None:
+    """A signal to the whole process group is not for the processes that load data: they leave with the one they serve."""
+    signal.set_wakeup_fd(-1)
+    ignore()
+
+
+def _unstick(request: StopRequest, inlet: int) -> None:
+    """Ends a process that waits for the others in C, where no Python handler runs, and that has nothing to lose."""
+    while numbers := os.read(inlet, 64):
+        if set(numbers) & set(STOPS):
+            time.sleep(STUCK_S)
+            if not request.has_begun:
+                os._exit(Preempted.exit_code)
+    os.close(inlet)
+
+
 @contextmanager
 def heeded(stop_file: str | None, *, watches_launcher: bool) -> Iterator[StopRequest]:
     """Signals go to the request while the context lasts. Only a main thread can take them; elsewhere the stop file alone is heeded."""
@@ -83,10 +100,19 @@ def heeded(stop_file: str | None, *, watches_launcher: bool) -> Iterator[StopReq
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+    inlet, outlet = os.pipe()
+    os.set_blocking(outlet, False)
+    waker = signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
+    threading.Thread(target=_unstick, args=(request, inlet), name="signals", daemon=True).start()
     before = {number: signal.signal(number, request.on_signal) for number in STOPS}
+    over: list[bool] = []
+    os.register_at_fork(after_in_child=lambda: None if over else _deafen())
     try:
         yield request
     finally:
+        over.append(True)
+        signal.set_wakeup_fd(waker)
+        os.close(outlet)
         for number, handler in before.items():
             if signal.getsignal(number) == request.on_signal:
                 signal.signal(number, handler)

@@ -25,17 +25,20 @@ from surefoot import signals
 with signals.heeded({file!r}, watches_launcher=False) as request:
     {begin}
     print("ready", flush=True)
+    {then}
     while not request.is_asked() or {deaf}:
         time.sleep(0.01)
     print("asked by", request.asked, flush=True)
 """
 
 
-def waiting(*, file: str | None = None, begun: bool = True, deaf: bool = False) -> subprocess.Popen[str]:
+def waiting(
+    *, file: str | None = None, begun: bool = True, deaf: bool = False, then: str = "pass", new_group: bool = False
+) -> subprocess.Popen[str]:
     """A process that heeds signals and has said that it is ready."""
-    code = WAITING.format(file=file, begin="request.begin()" if begun else "pass", deaf=deaf)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    code = WAITING.format(file=file, begin="request.begin()" if begun else "pass", deaf=deaf, then=then)
+    env, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=new_group)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -55,6 +58,23 @@ def test_signal_when_no_step_is_done_yet_then_leaves_at_once_with_75() -> None:
     process.send_signal(signal.SIGTERM)
     assert "nothing is lost" in process.communicate(timeout=20)[1]
     assert process.returncode == 75
+
+
+def test_signal_when_the_process_is_stuck_in_c_before_its_first_step_then_leaves_with_75() -> None:
+    lock = "libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64); [libc.pthread_mutex_lock(lock) for _ in range(2)]"
+    process = waiting(begun=False, then=f"import ctypes; {lock}")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 75
+
+
+def test_signal_when_it_goes_to_the_process_group_then_the_processes_that_load_data_stay(tmp_path: Path) -> None:
+    child = f"child = os.fork(); child or (time.sleep(1), open({str(tmp_path / 'alive')!r}, 'w').close(), os._exit(0))"
+    process = waiting(then=f"import os; {child}", new_group=True)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == "asked by SIGTERM\n"
+    time.sleep(1.2)
+    assert (tmp_path / "alive").exists()
 
 
 def test_signal_when_it_comes_again_then_stops_at_once_but_not_for_an_echo() -> None:

@@ -83,6 +83,7 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
     reserved = gpu_memory.reserved_gib()
     result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
     trainer.heartbeat.beat("end", result.global_step)
+    trainer.request.begin()  # what is left is short, and is not stopped
     trainer.settle()
     if trainer.stop_reason is not None:
         raise NumericsError(trainer.stop_reason)

@@ -26,7 +26,17 @@ from tests.torture.compare import differences, reached, resumed_at
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ON_GPU = bool(os.environ["CUDA_VISIBLE_DEVICES"])  # set empty by tests/conftest.py where it is not given
-BLOWS_A_RUN = 5
+BLOWS_A_RUN = 12
+TURNS = {
+    "step": 10,
+    "evaluation": 4,
+    "write": 1,
+    "sync": 1,
+    "manifest": 1,
+    "rename": 20,
+    "prune": 1,
+    "last_save": 2,
+}  # in two or three steps
 LIMIT_S = 120
 PRELOADED = (
     "finetune",
@@ -95,13 +105,12 @@ def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Pat
 
 
 def draw(rng: random.Random, cell: Cell) -> Blow:
+    """Mostly within the next few steps, so that a run meets many."""
     place = rng.choice(PLACES)
-    turns = {"step": 30 // cell.processes, "evaluation": 8, "prune": 3, "write": 3, "last_save": 6, "sync": 3, "manifest": 6, "rename": 40}[
-        place
-    ]
     number = rng.choice((signal.SIGKILL, signal.SIGKILL, *POLITE))
     ranks = tuple(range(cell.processes)) if rng.random() < 0.5 else (rng.randrange(cell.processes),)
-    return Blow(place, rng.randint(1, turns), number, ranks)
+    last_turn = TURNS[place] * rng.choice((1, 1, 1, 3))
+    return Blow(place, rng.randint(1, last_turn), number, ranks)
 
 
 def torture(cell: Cell, blows: list[Blow], home: Path, rows: Path) -> Tally:

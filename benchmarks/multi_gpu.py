@@ -17,7 +17,6 @@ import datetime
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -108,7 +107,7 @@ def _run(setting: Setting, case: Case) -> dict[str, Any]:
     row = {**case._asdict(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     row |= {"wall_s": round(time.perf_counter() - began, 1), "flags": words}
     if code != 0:
-        return row | {"error": last_error(output, code)}
+        return row | {"error": last_error(output.partition("torch/distributed/elastic")[0], code)}  # behind it the launcher's own words
     record = json.loads((folder / "run.json").read_text())
     found = figures(ours(folder), setting.warmup)
     row |= {"engine_live": record["summary"]["engine"], "attention": record["plan"]["model"]["attn_implementation"]}
@@ -117,14 +116,13 @@ def _run(setting: Setting, case: Case) -> dict[str, Any]:
 
 
 def _finished(command: list[str], env: dict[str, str], limit_s: float) -> tuple[int, str]:
-    """Exit code and output; what is not done in time is ended with all its processes."""
-    with subprocess.Popen(
-        command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as launcher:
+    """Exit code and output; on SIGTERM the launcher ends its processes, which are in sessions of their own."""
+    with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
         try:
             output, _ = launcher.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.terminate()
+            launcher.communicate()
             return 124, f"not done after {limit_s:.0f} s"
     return launcher.returncode, output
 

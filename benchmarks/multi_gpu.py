@@ -58,11 +58,11 @@ def bench(
         run_limit_s=run_limit_s, peer_path="", ours_flags=tuple(flags.split()),
     )  # fmt: skip
     setting.work.mkdir(parents=True, exist_ok=True)
-    runs = json.loads(Path(out).read_text())["runs"] if Path(out).is_file() else []
-    done = {Case(*(one[name] for name in Case._fields)) for one in runs}
-    for case in _cases(processes, engines, layers, stages, rounds):
-        if case in done:
-            continue
+    earlier = json.loads(Path(out).read_text())["runs"] if Path(out).is_file() else []
+    wanted = _cases(processes, engines, layers, stages, rounds)
+    runs = [one for one in earlier if "error" not in one or _case(one) not in wanted]  # what failed is tried again
+    done = {_case(one) for one in runs}
+    for case in [case for case in wanted if case not in done]:
         expected = max([one["wall_s"] for one in runs if one["engine"] == case.engine], default=EXPECTED_S)
         if time.perf_counter() - began + expected > time_limit_s:
             print("multi_gpu.py: the time limit is near; the same command goes on from here", flush=True)
@@ -70,6 +70,10 @@ def bench(
         runs.append(_run(setting, case))
         print(json.dumps({name: value for name, value in runs[-1].items() if name != "steps"}), flush=True)
         _write(out, setting, runs)
+
+
+def _case(run: dict[str, Any]) -> Case:
+    return Case(*(run[name] for name in Case._fields))
 
 
 def _cases(processes: int, engines: Any, layers: Any, stages: Any, rounds: int) -> list[Case]:
@@ -96,29 +100,31 @@ def _run(setting: Setting, case: Case) -> dict[str, Any]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"profiles/{PROFILES[case.engine]}.yaml")]
     command += [] if case.engine == "single" else ["--num_processes", str(case.processes), "--main_process_port", "0"]
     command += [str(ROOT / "finetune.py"), f"--base_model={model}", f"--data_path={rows / 'rows.jsonl'}", f"--output_dir={folder}"]
-    words = [
-        *flags_of(work, case.stage),
-        f"--batch_size={work.rows * case.processes}",
-        f"--max_steps={setting.steps}",
-        *LAYERS[case.layers],
-    ]
+    words = [word for word in flags_of(work, case.stage) if not word.startswith("--batch_size=")]
+    words += [f"--batch_size={work.rows * case.processes}", f"--max_steps={setting.steps}", *LAYERS[case.layers], *setting.ours_flags]
     began = time.perf_counter()
-    try:
-        done = subprocess.run(
-            [*command, *words], env=_env(setting, case), cwd=ROOT, capture_output=True, text=True, timeout=setting.run_limit_s
-        )
-        code, output = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired:
-        code, output = 124, f"not done after {setting.run_limit_s:.0f} s"
+    code, output = _finished([*command, *words], _env(setting, case), setting.run_limit_s)
     row = {**case._asdict(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     row |= {"wall_s": round(time.perf_counter() - began, 1), "flags": words}
     if code != 0:
-        return row | {"error": last_error(output, code)}
+        return row | {"error": last_error(output.partition("torch/distributed/elastic")[0], code)}  # behind it the launcher's own words
     record = json.loads((folder / "run.json").read_text())
     found = figures(ours(folder), setting.warmup)
     row |= {"engine_live": record["summary"]["engine"], "attention": record["plan"]["model"]["attn_implementation"]}
     row |= {"compiled": record["plan"]["model"]["enable_torch_compile"], "fused": record["plan"]["model"]["fused_adapters"]}
     return row | found | {"tokens_per_s_per_gpu": round(found["tokens_per_s"] / case.processes, 1)}
+
+
+def _finished(command: list[str], env: dict[str, str], limit_s: float) -> tuple[int, str]:
+    """Exit code and output; on SIGTERM the launcher ends its processes, which are in sessions of their own."""
+    with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        try:
+            output, _ = launcher.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()
+            launcher.communicate()
+            return 124, f"not done after {limit_s:.0f} s"
+    return launcher.returncode, output
 
 
 def _env(setting: Setting, case: Case) -> dict[str, str]:

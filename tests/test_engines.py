@@ -54,7 +54,7 @@ def launch(
     command = ["-m", "accelerate.commands.launch", "--config_file", ROOT / f"profiles/{profile}.yaml", "--main_process_port", 0]
     command += [] if processes is None else ["--num_processes", processes]
     line = [sys.executable, *map(str, command), str(ROOT / script), *given]
-    return subprocess.run(line, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=570)
+    return subprocess.run(line, env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}, capture_output=True, text=True, timeout=570)
 
 
 def why(done: subprocess.CompletedProcess[str]) -> str:

@@ -22,7 +22,7 @@ from surefoot.verdicts import Shape, Verdicts
 class ModelPlan:
     """How the base model is loaded. quantization is none, nf4 or int8; compute_dtype names the dtype of the quantized products.
 
-    frozen_dtype is what frozen linear layers and embeddings are stored in, bf16 or fp32.
+    frozen_dtype is what frozen linear layers and embeddings are stored in, bf16 or fp32 (fp16 through Unsloth).
     """
 
     path: str

@@ -12,10 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from surefoot import detection, machine
+from finetune import train
+from surefoot import detection, machine, runtime
+from surefoot.config import Config
 from surefoot.detection import Answer, Case
+from surefoot.errors import BackendError
+from surefoot.plan import make_plan
 from tests import stubs
-from tests.conftest import ROOT, SMALL_MODEL
+from tests.conftest import ROOT, SMALL_MODEL, VERSIONS, inputs
+from tests.conftest import machine as machine_with
 from tests.runs import logs, quick, tensors, words
 
 CASE = Case(model_type="llama", method="dora", quantization="none", dtype="fp32")
@@ -75,6 +80,7 @@ def test_trial_when_a_version_changes_then_is_made_again(tmp_path: Path) -> None
     assert ask({**second, "SUREFOOT_CACHE": first["SUREFOOT_CACHE"]}).kind == "no GPU"
 
 
+@pytest.mark.slow
 def test_run_when_unsloth_refuses_the_real_model_then_starts_again_without_it(
     finetune: Callable[..., subprocess.CompletedProcess[str]], rows: Path, tmp_path: Path
 ) -> None:
@@ -103,15 +109,15 @@ def test_real_unsloth_when_it_may_not_use_the_cpu_then_the_strict_run_ends_with_
 
 
 def real_run(finetune: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, rows: Path, **flags: object) -> Path:
-    """Two runs on the same rows, through Unsloth and through hf: their losses agree. Returns Unsloth's folder."""
-    folders = {backend: tmp_path / backend for backend in ("unsloth", "hf")}
-    for backend, folder in folders.items():
-        done = finetune(*words(quick(data_path=rows, output_dir=folder, backend=backend, attn_implementation="sdpa", **flags)))
-        assert done.returncode == 0, done.stderr
-    ours, theirs = logs(folders["hf"], "loss"), logs(folders["unsloth"], "loss")
+    """Two runs on the same rows, through Unsloth and, in this process, through hf: their losses agree. Returns Unsloth's folder."""
+    given = quick(data_path=rows, attn_implementation="sdpa", **flags)
+    done = finetune(*words({**given, "output_dir": "unsloth", "backend": "unsloth"}))
+    assert done.returncode == 0, done.stderr
+    hf = train(**given, output_dir=tmp_path / "hf")
+    ours, theirs = logs(hf, "loss"), logs(tmp_path / "unsloth", "loss")
     assert len(theirs) == 6
     assert theirs == pytest.approx(ours, rel=1e-3)
-    return folders["unsloth"]
+    return tmp_path / "unsloth"
 
 
 def test_real_unsloth_when_on_a_cpu_then_trains_dora_as_hf_does_and_plain_peft_loads_it(
@@ -161,15 +167,14 @@ def test_real_unsloth_when_resumed_then_ends_where_the_whole_run_does(
     assert "--backend=unsloth" in other.stderr
 
 
-def test_process_when_transformers_came_first_then_unsloth_is_refused(rows: Path, tmp_path: Path) -> None:
-    code = (
-        "import transformers; from finetune import train; from surefoot.errors import BackendError\n"
-        f"try: train(base_model={str(SMALL_MODEL)!r}, data_path={str(rows)!r}, output_dir={str(tmp_path / 'run')!r}, backend='unsloth')\n"
-        "except BackendError as error: print(error)"
-    )
-    env = stubs.unsloth(tmp_path / "stub", stubs.WORKS.replace("{refusal}", "pass"))
-    path = f"{env['PYTHONPATH']}:{ROOT}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**machine.os.environ, **env, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert "imported transformers before Unsloth" in done.stdout, done.stderr
+def test_process_when_transformers_came_first_then_unsloth_is_refused_and_never_imported() -> None:
+    import transformers
+
+    answer = Answer(kind="works", reason="", origin="")
+    here = machine_with(versions=VERSIONS | {"unsloth": "2026.10.9"})
+    plan = make_plan(Config.parse({"base_model": "m", "backend": "unsloth"}), here, inputs(), None, answer)
+    assert transformers.__name__ in sys.modules
+    with pytest.raises(BackendError, match="before Unsloth, which patches them"):
+        runtime.is_unsloth(plan)
+    assert not runtime.is_unsloth(make_plan(Config.parse({"base_model": "m"}), here, inputs()))
+    assert "unsloth" not in sys.modules

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,14 +89,19 @@ def bench(
             found := evaluated(setting, [f"--base_model={setting.model}", "--prompt_style=alpaca"], "untrained")
         ):
             result["untrained"] = found
-        for job, run in jobs.items():
-            if found := job.result():
-                result["runs"][run.name] = found
+        failed = []
+        for job in as_completed(jobs):
+            if job.exception():
+                failed.append(f"{jobs[job].name}: {job.exception()}")
+            elif found := job.result():
+                result["runs"][jobs[job].name] = found
                 _write(out, result, setting, len(wanted))
     _write(out, result, setting, len(wanted))
     left = len(wanted) - len(result["runs"])
     print(json.dumps(result["verdict"], indent=1))
     print(f"{left} of {len(wanted)} runs are missing: the same command goes on from here" if left else "nothing is missing")
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 def shortened(source: Path, target: Path, count: int) -> Path:

@@ -91,8 +91,6 @@ def _check(flags: Flags) -> None:
         problems.append("--prompt is one question, --input_file a file of them: give one of the two")
     if flags.mode == "interactive" and flags.input_file:
         problems.append("--mode=interactive reads no --input_file: leave one of the two out")
-    if flags.top_p is not None and not 0 < flags.top_p <= 1:
-        problems.append(f"--top_p={flags.top_p:g} must be above 0 and at most 1")
     if flags.output_file and Path(flags.output_file).suffix != ".jsonl":
         problems.append(f"--output_file={flags.output_file} must end in .jsonl")
     if problems:
@@ -118,11 +116,14 @@ def _sampling(flags: Flags) -> Any:
     from surefoot import run_file
     from surefoot.generate import Sampling
 
-    values: dict[str, Any] = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0}
-    if flags.config:
-        values |= {name: value for name, value in run_file.generation(flags.config).items() if name in values}
-    given = {name: getattr(flags, name) for name in values}
-    return Sampling(**{**values, **{name: value for name, value in given.items() if value is not None}})
+    defaults = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0}
+    group = run_file.generation(flags.config) if flags.config else {}
+    in_file = script.parse(Flags, [f"--{name}={value}" for name, value in group.items() if name in defaults])
+    asked = {name: getattr(flags, name) if getattr(flags, name) is not None else getattr(in_file, name) for name in defaults}
+    values: dict[str, Any] = {name: value if value is not None else defaults[name] for name, value in asked.items()}
+    if not 0 < values["top_p"] <= 1:
+        raise UsageError(f"--top_p={values['top_p']:g} must be above 0 and at most 1")
+    return Sampling(**values)
 
 
 def _batch(flags: Flags, opened: Any, sampling: Any, job: Any) -> None:

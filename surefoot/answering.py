@@ -44,7 +44,8 @@ class Talk:
 
     def answer(self, text: str, *, streams: bool = False) -> str:
         """The model's answer, also printed as it comes. Of a conversation too long for the model the oldest turns are left out."""
-        self.said = [*(self.said if self.keeps_history else []), ("user", text)]
+        settled = self.said[:-1] if self.said and self.said[-1][0] == "user" else self.said  # without a question whose answer was stopped
+        self.said = [*(settled if self.keeps_history else []), ("user", text)]
         while (ids := self._ids()) is None:
             self.said = self.said[2:]
         streamer = TextStreamer(self.opened.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None

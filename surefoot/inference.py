@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from surefoot.data.masking import Encoder
     from surefoot.data.prompts import Prompts
 
-DTYPES = ("auto", "bf16", "fp16", "fp32")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:

@@ -191,7 +191,7 @@ WRONG = {
         "--prompt=x": "give --lora_weights",
         "--input_file=a.jsonl": "belong together",
         "--mode=batch": "--mode=batch needs --input_file",
-        "--top_p=2": "--top_p=2 must be above 0 and at most 1",
+        f"--base_model={SMALL_MODEL} --top_p=2": "--top_p=2 must be above 0 and at most 1",
         "--input_file=a.jsonl --output_file=b.txt": "must end in .jsonl",
         f"--base_model={SMALL_MODEL} --input_file=a.jsonl --output_file=b.jsonl": "--input_file=a.jsonl does not exist",
         f"--base_model={SMALL_MODEL} --weights=merged": "is a whole model, not an adapter",

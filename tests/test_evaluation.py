@@ -99,6 +99,17 @@ def test_wanted_when_candidates_differ_in_the_last_token_then_reads_each_row_onc
     assert len(likelihood.wanted([[(1, 2, 7), (1, 2, 8, 9)]])) == 2
 
 
+def test_batches_when_one_row_is_long_then_hold_few_logits() -> None:
+    jobs = [
+        likelihood.Wanted((1,) * length, ((length, 5, (row, 0)),))
+        for row, length in enumerate([1100, *[100 + row % 7 for row in range(600)]])
+    ]
+    found = list(likelihood.batches(jobs, 512))
+    assert [len(batch) for batch in found] == [16, 512, 73]
+    assert sum(map(len, found)) == len(jobs)
+    assert all(len(batch) * (len(batch[0].ids) - min(job.first for job in batch)) <= likelihood.POSITIONS for batch in found)
+
+
 def test_trained_loss_when_summed_then_is_the_models_own_loss(small: Small) -> None:
     rendered = [small.prompts.render(example) for example in heldout(5)]
     rows = small.encoder.encode([one for one in rendered if isinstance(one, prompts.Rendered)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Ids = Sequence[int]
+POSITIONS = 16_384  # whose logits exist at once: 4 GB in 16 bits with a vocabulary of 128k
 
 
 class Wanted(NamedTuple):
@@ -16,6 +17,11 @@ class Wanted(NamedTuple):
 
     ids: tuple[int, ...]
     tokens: tuple[tuple[int, int, tuple[int, int]], ...]
+
+    @property
+    def first(self) -> int:
+        """The first position whose logits are needed."""
+        return self.tokens[0][0] - 1
 
 
 def wanted(rows: Sequence[Sequence[Ids]]) -> list[Wanted]:
@@ -44,7 +50,7 @@ def answer_scores(
         jobs: of wanted(), from any rows. tick: told the number of jobs done after each batch.
     """
     scores: dict[tuple[int, int], float] = {}
-    for batch in by_length(jobs, batch_size):
+    for batch in batches(jobs, batch_size):
         values = _log_probabilities(model, batch)
         for (_, _, whose), value in zip((token for job in batch for token in job.tokens), values, strict=True):
             scores[whose] = scores.get(whose, 0.0) + value
@@ -69,10 +75,19 @@ def trained_loss(model: Any, rows: Sequence[Any], *, batch_size: int = 8, tick: 
     return [(-sums[number][0] if number in sums else 0.0, len(job.tokens)) for number, job in enumerate(jobs)]
 
 
-def by_length(jobs: Sequence[Wanted], size: int) -> Iterator[Sequence[Wanted]]:
-    """The jobs in batches of rows of like length, the longest first: what runs out of memory does so at once."""
-    ordered = sorted(jobs, key=lambda job: -len(job.ids))
-    return (ordered[start : start + size] for start in range(0, len(ordered), size))
+def batches(jobs: Sequence[Wanted], size: int) -> Iterator[list[Wanted]]:
+    """At most `size` jobs at a time, of like length and the longest first, with at most POSITIONS rows of logits."""
+    batch: list[Wanted] = []
+    first = 0
+    for job in sorted(jobs, key=lambda job: -len(job.ids)):
+        first = min(first, job.first) if batch else job.first
+        width = len(batch[0].ids) if batch else len(job.ids)
+        if batch and (len(batch) == size or (len(batch) + 1) * (width - first) > POSITIONS):
+            yield batch
+            batch, first = [], job.first
+        batch.append(job)
+    if batch:
+        yield batch
 
 
 @torch.no_grad()
@@ -83,7 +98,7 @@ def _log_probabilities(model: Any, batch: Sequence[Wanted]) -> list[float]:
     for row, job in enumerate(batch):
         ids[row, : len(job.ids)] = torch.tensor(job.ids)
     places = torch.tensor([(row, place - 1, token) for row, job in enumerate(batch) for place, token, _ in job.tokens]).to(model.device)
-    first = int(places[:, 1].min())
+    first = min(job.first for job in batch)
     keep = torch.arange(first, width, device=model.device)
     logits = model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=keep).logits
     rows: Tensor = logits[places[:, 0], places[:, 1] - first].float()

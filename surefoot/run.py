@@ -51,7 +51,8 @@ def decide(config: Config, here: Machine, say: Any) -> Plan:
 
 def carry_out(plan: Plan, request: StopRequest, *, say: Any, may_start_again: bool = True) -> None:
     """Everything that needs torch, in order. The run folder is touched only once rows and model are good."""
-    backend = runtime.backend(plan)  # first: Unsloth patches transformers, peft and trl as they are imported
+    runtime.before_imports(plan)
+    backend = _backend(plan.backend)  # first: Unsloth patches transformers, peft and trl as they are imported
     from surefoot import artifacts, assembly, tokens
     from surefoot.data import audit, packing, prepare
     from surefoot.training import trainer
@@ -84,6 +85,16 @@ def carry_out(plan: Plan, request: StopRequest, *, say: Any, may_start_again: bo
         folder.check_saved()
         folder.note(summary=summary)
     say(trainer.summary_line(summary, plan.output.folder))
+
+
+def _backend(name: str) -> Any:
+    if name == "unsloth":
+        from surefoot.backends import unsloth
+
+        return unsloth
+    from surefoot.backends import hf
+
+    return hf
 
 
 def _silent(text: str) -> None:

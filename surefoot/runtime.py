@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from surefoot.errors import BackendError
 from surefoot.machine import UNSLOTH_REFUSED
@@ -17,8 +17,8 @@ def debug_switches() -> None:
     os.environ["TORCH_USE_CUDA_DSA"] = "1"
 
 
-def backend(plan: Plan) -> Any:
-    """The module of backends/ that loads the model of a plan, imported. Unsloth's environment is set before.
+def before_imports(plan: Plan) -> None:
+    """Sets Unsloth's environment, where the plan is to import it next.
 
     Raises:
         BackendError: this process has imported what Unsloth must come before, or Unsloth where the plan is another backend's.
@@ -26,9 +26,7 @@ def backend(plan: Plan) -> Any:
     if plan.backend != "unsloth":
         if "unsloth" in sys.modules:
             raise BackendError(f"--backend={plan.backend}: this process has imported Unsloth, which patched transformers. Start a new one")
-        from surefoot.backends import hf
-
-        return hf
+        return
     early = [name for name in ("transformers", "peft", "trl") if name in sys.modules]
     if early and "unsloth" not in sys.modules:
         raise BackendError(
@@ -38,9 +36,6 @@ def backend(plan: Plan) -> Any:
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would report each run to the Hub
     # else it makes ./unsloth_compiled_cache
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", os.path.join(plan.machine.cache_dir, "unsloth_compiled"))
-    from surefoot.backends import unsloth
-
-    return unsloth
 
 
 def start_again(reason: str) -> NoReturn:

@@ -123,10 +123,10 @@ schema: install ## write configs/schema.json, which editors check run files with
 	$(PYTHON) scripts/make_schema.py
 
 test: install ## run the default test suite
-	@$(PYTHON) -m pytest
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist worksteal
 
 test-slow: install ## run the slow tests as well
-	@$(PYTHON) -m pytest -m "not gpu"
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist worksteal -m "not gpu"
 
 lint: install ## ruff and mypy
 	@$(PYTHON) -m ruff check .

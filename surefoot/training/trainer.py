@@ -45,7 +45,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any, requ
     trainer = _trainer(plan, model, tokenizer, data, collator)
     trainer.request = request
     ranks.check(plan, data.report.fingerprint)
-    with trainer.heartbeat, _explained(plan, trainer.heartbeat):
+    with _explained(plan, trainer.heartbeat), trainer.heartbeat:
         return _train(plan, trainer, model, data)
 
 

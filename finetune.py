@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,8 @@ def main() -> int:
 
         fire.Fire(lambda **flags: train(**flags), command=cli.tidy(argv), serialize=lambda _: None)
     except SurefootError as error:
-        signals.ignore()
-        if not error.is_shared or os.environ.get("RANK", "0") == "0":
-            print(f"finetune.py: {error}", file=sys.stderr)
+        signals.ignore()  # the launcher's SIGTERM to whoever is not gone yet must not change the exit code
+        print(f"finetune.py: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 

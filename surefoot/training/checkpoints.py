@@ -56,7 +56,7 @@ class Saver:
             problem = self._first(_attempt(stage))
             if problem is not None:
                 self._as_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-                raise BackendError(self._refusal(step, problem), is_shared=True)
+                raise BackendError(self._refusal(step, problem))
         self._as_main(lambda: checkpoint.prune(self.run_folder, self.limit, best))
         self.last_s, self.last_step = time.perf_counter() - began, step
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from surefoot.errors import BackendError, NumericsError
 from surefoot.plan import Plan
 from surefoot.signals import StopRequest
-from surefoot.training import leak, ranks, saved
+from surefoot.training import leak, saved
 from surefoot.training.arguments import training_arguments
 from surefoot.training.checkpoints import Saver, disk_complaint, read_torch_files_anywhere
 from surefoot.training.guard import Guard
@@ -44,7 +44,6 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any, requ
     request.leave_if_asked()
     trainer = _trainer(plan, model, tokenizer, data, collator)
     trainer.request = request
-    ranks.check(plan, data.report.fingerprint)
     with _explained(plan, trainer.heartbeat), trainer.heartbeat:
         return _train(plan, trainer, model, data)
 

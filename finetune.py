@@ -35,7 +35,7 @@ def main() -> int:
     except UnslothRefusedError as refused:
         runtime.start_again(refused.reason)
     except SurefootError as error:
-        signals.ignore()
+        signals.ignore()  # the launcher's SIGTERM to whoever is not gone yet must not change the exit code
         return last_words.say(error)
     return 0
 

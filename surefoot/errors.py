@@ -17,13 +17,9 @@ from collections.abc import Sequence
 
 
 class SurefootError(Exception):
-    """One message for the user: flag, value given, rule, way out. is_shared: every rank has it, so that one of them says it."""
+    """One message for the user: flag, value given, rule, way out."""
 
     exit_code = 1
-
-    def __init__(self, message: str, *, is_shared: bool = False) -> None:
-        super().__init__(message)
-        self.is_shared = is_shared
 
 
 class UsageError(SurefootError):

@@ -16,8 +16,7 @@ def say(error: SurefootError) -> int:
     """Prints `error` where no other process of this host has printed its own, and returns the exit code that all of them end with."""
     folder = _shared_folder()
     if folder is None:
-        if not error.is_shared or os.environ.get("RANK", "0") == "0":
-            print(f"finetune.py: {error}", file=sys.stderr)
+        print(f"finetune.py: {error}", file=sys.stderr)
         return error.exit_code
     try:
         with (folder / "surefoot-exit-code").open("x") as file:

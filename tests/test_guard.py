@@ -88,6 +88,17 @@ def test_rejected_steps_when_broken_by_a_good_one_then_are_counted_anew() -> Non
     assert one.bad_steps == [1, 2, 4, 5, 6]
 
 
+def test_guard_when_restored_then_goes_on_counting_unless_it_had_ended_the_run() -> None:
+    one, other = guard([0.1, 0.7]), guard()
+    one.reject(3)
+    other.restore(json.loads(json.dumps(one.state())))
+    assert other == one
+    for step in (4, 5):
+        one.reject(step)
+    other.restore(one.state())
+    assert (other.in_a_row, other.bad_steps) == (0, [3, 4, 5])
+
+
 @pytest.fixture
 def sick_sdpa(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Makes transformers' sdpa attention return NaN gradients for batches wider than a number of tokens."""

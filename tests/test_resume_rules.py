@@ -1,4 +1,4 @@
-"""Decisions about stopping and going on: which checkpoint, what is due at a step's end, what the launcher answers, who differs."""
+"""Decisions about stopping and going on: which checkpoint, what is due at a step's end, what the launcher answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from surefoot.errors import PlanError
 from surefoot.inputs import RunFolder
 from surefoot.launcher import exit_code
 from surefoot.plan import Plan, make_plan
-from surefoot.training.ranks import difference
 from surefoot.training.schedule import Schedule
 from tests.conftest import inputs, machine
 
@@ -67,10 +66,3 @@ def test_save_when_steps_end_then_is_due_by_its_strategy_and_at_the_last(strateg
         assert control.should_log is (step in (1, 4, 8))
         assert control.should_training_stop is (step == 8)
     assert found == due
-
-
-def test_ranks_when_one_differs_then_it_is_named_with_both_values() -> None:
-    facts = [{"host": f"node{rank}", "rows": "ab12", "torch": "2.13.0"} for rank in range(3)]
-    assert difference(facts) is None
-    facts[2]["torch"] = "2.12.0"
-    assert difference(facts) == "on rank 2 (node2) torch is 2.12.0, on rank 0 2.13.0"

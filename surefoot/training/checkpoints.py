@@ -46,17 +46,17 @@ class Saver:
         began = time.perf_counter()
         target = self.run_folder / f"checkpoint-{step}"
         partial = target.with_name(target.name + checkpoint.PARTIAL)
-        steps: tuple[Callable[[], None], ...] = (
+        stages: tuple[Callable[[], None], ...] = (
             lambda: self._as_main(lambda: _anew(partial)),
             lambda: write(partial),
             lambda: checkpoint.sync(partial),
             lambda: self._as_main(lambda: self._publish(partial, target, facts)),
         )
-        for stage in steps:
+        for stage in stages:
             problem = self._first(_attempt(stage))
             if problem is not None:
                 self._as_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-                raise BackendError(self._refusal(step, problem), is_shared=True)
+                raise BackendError(self._refusal(step, problem))
         self._as_main(lambda: checkpoint.prune(self.run_folder, self.limit, best))
         self.last_s, self.last_step = time.perf_counter() - began, step
 

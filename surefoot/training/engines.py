@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -18,6 +20,7 @@ from surefoot.training.arguments import casts_itself
 from surefoot.training.health import trainable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OWN = ("train.run_name", "data.cache_dir", "data.data_path", "data.val_data_path", "model.path", "model.loads_on_gpu")  # of each machine
 LIVE = {"single": ("NO",), "ddp": ("MULTI_GPU", "MULTI_CPU"), "deepspeed": ("DEEPSPEED",), "fsdp": ("FSDP",)}
 
 
@@ -47,6 +50,33 @@ def _live(machine: Machine, accelerator: Any) -> dict[str, Any]:
             "Use a profile of profiles/ unchanged"
         )
     return {"strategy": machine.strategy, "distributed_type": kind, "processes": processes, "zero_stage": stage}
+
+
+def check_ranks(plan: Plan, fingerprint: str, parameters: int) -> None:
+    """All processes must train the same thing: the same rows in the same order, settings and versions, as many parameters.
+
+    Raises:
+        BackendError: what differs, and between whom; on every process.
+    """
+    if plan.machine.world_size == 1:
+        return
+    facts = {"rows (fingerprint)": fingerprint[:12], "trainable parameters": str(parameters), "Python": plan.machine.python}
+    everyone = gather_object([(plan.machine.hostname, facts | plan.machine.versions | _settings(plan))])
+    first_host, first = everyone[0]
+    for rank, (host, theirs) in enumerate(everyone):
+        differing = [name for name in first | theirs if first.get(name) != theirs.get(name)]
+        if differing:
+            told = "; ".join(f"{name} {first.get(name, 'none')} and {theirs.get(name, 'none')}" for name in differing)
+            raise BackendError(
+                f"process 0 ({first_host}) and process {rank} ({host}) do not train the same: {told}. "
+                "Give all machines the same files, flags and packages (scripts/dev.lock)"
+            )
+
+
+def _settings(plan: Plan) -> dict[str, str]:
+    parts = {"model": plan.model, "adapter": plan.adapter, "data": plan.data, "train": plan.train}
+    values = {f"{part}.{name}": str(value) for part, plans in parts.items() for name, value in dataclasses.asdict(plans).items()}
+    return {name: value for name, value in values.items() if name not in OWN}
 
 
 def _under_autocast(forward: Callable[..., Any], device: str, dtype: torch.dtype) -> Callable[..., Any]:

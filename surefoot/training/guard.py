@@ -124,8 +124,10 @@ class Guard:
         return {name: getattr(self, name) for name in kept} | {"recent": list(self.recent)}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Takes up an earlier state(); bad steps that ended a run are not held against the one that goes on from there."""
         for name, value in state.items():
             setattr(self, name, deque(value, maxlen=SPIKE_WINDOW) if name == "recent" else value)
+        self.in_a_row %= self.max_bad_steps
 
     @property
     def mean_loss(self) -> float:

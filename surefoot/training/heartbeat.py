@@ -97,7 +97,8 @@ class Heartbeat:
         tick = min(5.0, self.timeout_s / 10)
         with self._file("stacks-of-rank-{}.txt").open("w") as stacks:
             while not self._over.wait(tick):
-                self._write()
+                if not self._write():
+                    continue  # nobody can tell who lives by files on a disk that is full; the next checkpoint says what is wrong
                 # for a thread that never lets Python run: written by C, when this thread has been starved for so long
                 faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=stacks)
                 self._look()
@@ -111,12 +112,17 @@ class Heartbeat:
                             print(f"finetune.py: {self._verdict(culprit)}", file=sys.stderr, flush=True)
                         os._exit(BackendError.exit_code)
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
         self._ticks += 1
         file = self._file("rank-{}.json")
         partial = file.with_suffix(".part")
-        partial.write_text(json.dumps(Beat(self.step, self.phase, self.moves, self._ticks, f"{socket.gethostname()}, pid {os.getpid()}")))
-        os.replace(partial, file)
+        beat = Beat(self.step, self.phase, self.moves, self._ticks, f"{socket.gethostname()}, pid {os.getpid()}")
+        try:
+            partial.write_text(json.dumps(beat))
+            os.replace(partial, file)
+        except OSError:
+            return False
+        return True
 
     def _look(self) -> None:
         now = time.monotonic()

@@ -121,7 +121,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         if self._stops:
             if self.saver.last_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
-            raise Preempted(self._farewell(), is_shared=True)
+            raise Preempted(self._farewell())
 
     def _agree(self, stops: bool) -> bool:
         if self.accelerator.num_processes == 1:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from surefoot.errors import BackendError, NumericsError
 from surefoot.plan import Plan
 from surefoot.signals import StopRequest
-from surefoot.training import engines, gpu_memory, leak, ranks, saved
+from surefoot.training import engines, gpu_memory, leak, saved
 from surefoot.training.arguments import training_arguments
 from surefoot.training.checkpoints import Saver, disk_complaint, read_torch_files_anywhere
 from surefoot.training.guard import Guard
@@ -44,8 +44,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any, requ
     request.leave_if_asked()
     trainer = _trainer(plan, model, tokenizer, data, collator)
     trainer.request = request
-    ranks.check(plan, data.report.fingerprint)
-    with trainer.heartbeat, _explained(plan, trainer.heartbeat):
+    with _explained(plan, trainer.heartbeat), trainer.heartbeat:
         return _train(plan, trainer, model, data)
 
 
@@ -75,6 +74,7 @@ def _explained(plan: Plan, heartbeat: Heartbeat) -> Iterator[None]:
 def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[str, Any]:
     engine = engines.prepare(plan, model, trainer.accelerator)
     trained = sum(parameter.numel() for _, parameter in trainable(model))  # now: an engine leaves each process its piece
+    engines.check_ranks(plan, data.report.fingerprint, trained)
     if plan.output.resume_from is not None:
         trainer.restore(Path(plan.output.resume_from))
         read_torch_files_anywhere()

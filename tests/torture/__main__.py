@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.conftest import TRAIN_ROWS
 from tests.torture.blow import PLACES, Blow, name_of, run
 from tests.torture.cells import BF16_CELLS, CELLS, COMMON, ROWS, Cell
 from tests.torture.compare import differences, reached, resumed_at
@@ -158,14 +159,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after so long")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     asked = parser.parse_args()
-    for name in PRELOADED:
+    for name in () if ON_GPU else PRELOADED:  # some of them ask for GPUs, and CUDA does not survive a fork
         importlib.import_module(name)
 
     home = asked.folder or Path(tempfile.mkdtemp(prefix="torture-"))
     rows = home / "rows.jsonl"
     home.mkdir(parents=True, exist_ok=True)
-    from tests.conftest import TRAIN_ROWS
-
     rows.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:ROWS]) + "\n")
     rng, cells = random.Random(asked.seed), [cell for cell in (*CELLS, *BF16_CELLS) if cell.name in asked.cells]
     began, totals = time.monotonic(), {cell.name: [0, 0, 0] for cell in cells}

@@ -86,4 +86,4 @@ def renew(self: Norms, *args: Any) -> None:
 
 SurefootTrainer.training_step, Norms.renew = training_step, renew  # type: ignore[method-assign]
 run(Config.parse(dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])))
-Path(f"{os.environ['PROBE']}.{os.environ['RANK']}").write_text(json.dumps({"tensors": tensors, "norms": list(renewals.values())}))
+Path(f"{os.environ['PROBE']}.{os.environ['RANK']}").write_text(json.dumps({"tensors": tensors, "norms": renewals}))

@@ -53,7 +53,7 @@ def _machine_line(plan: Plan) -> str:
     m = plan.machine
     gpus = f"{len(m.gpus)} x {m.gpus[0].name} ({m.gpus[0].memory_gib:.0f} GiB)" if m.gpus else f"no GPU, {m.cpu_count} CPU cores"
     stack = ", ".join(f"{name} {m.versions[name]}" for name in ("torch", "transformers", "peft") if m.has(name))
-    return f"{m.hostname}: {gpus}; {m.world_size} process{'es' if m.world_size > 1 else ''} ({m.engine}); {stack}"
+    return f"{m.hostname}: {gpus}; {m.world_size} process{'es' if m.world_size > 1 else ''} ({m.strategy}); {stack}"
 
 
 def _canary_line(verdicts: Verdicts) -> str:

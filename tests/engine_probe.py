@@ -1,7 +1,7 @@
 """Started by accelerate in finetune.py's place: trains as it does, and each process writes what its live engine holds to PROBE.RANK (JSON).
 
 Of one layer's A, B and magnitude: the dtype in the layer's forward pass, of the gradient and of Adam's first moment, and how many elements
-this process keeps between the steps; of its base weight dtype and shape in the forward pass; and how often its norms were made in each step.
+this process keeps between the steps; of its base weight dtype and shape in the forward pass; how often its norms were made in each step.
 """
 
 from __future__ import annotations
@@ -86,4 +86,4 @@ def renew(self: Norms, *args: Any) -> None:
 
 SurefootTrainer.training_step, Norms.renew = training_step, renew  # type: ignore[method-assign]
 run(Config.parse(dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])))
-Path(f"{os.environ['PROBE']}.{os.environ['RANK']}").write_text(json.dumps({"tensors": tensors, "norms": list(renewals.values())}))
+Path(f"{os.environ['PROBE']}.{os.environ['RANK']}").write_text(json.dumps({"tensors": tensors, "norms": renewals}))

@@ -39,7 +39,7 @@ def test_page_when_the_matrix_changes_then_is_written_anew(monkeypatch: pytest.M
 def test_matrix_when_read_then_every_cell_has_one_verdict_and_refusals_a_way_out() -> None:
     states = {cell: support.verdict(cell).state for cell in support.every_cell()}
     assert len(states) == 4 * 3 * 6 * 2 * 2
-    assert set(states.values()) == {"tested", "refused", "untested"}
+    assert {"refused", "untested"} <= set(states.values()) <= {"tested", "refused", "untested"}
     assert all(one.reason and one.way_out for one in support.REFUSED)
     for test in support.TESTS:
         device = "gpu" if "gpu" in test.name else "cpu"

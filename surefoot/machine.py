@@ -46,7 +46,7 @@ class Machine:
     cache_dir: str = ""
     cpu_name: str = ""
     driver: str | None = None
-    unsloth_switches: tuple[str, ...] = ()  # its own environment variables, as NAME=value
+    unsloth_switches: tuple[str, ...] = ()  # environment variables meant for it, as NAME=value
     unsloth_refused: str | None = None  # why this run, when it was first started, could not go on with Unsloth
 
     @property
@@ -84,7 +84,7 @@ def probe() -> Machine:
         cache_dir=str(_cache_dir()),
         cpu_name=_cpu_name(),
         driver=_driver(),
-        unsloth_switches=tuple(sorted(f"{name}={value}" for name, value in env.items() if name.startswith("UNSLOTH_"))),
+        unsloth_switches=tuple(sorted(f"{name}={value}" for name, value in env.items() if name.startswith(("UNSLOTH_", "XFORMERS_")))),
         unsloth_refused=env.get(UNSLOTH_REFUSED),
     )
 

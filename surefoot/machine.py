@@ -63,7 +63,7 @@ class Machine:
     cpu_name: str = ""
     driver: str | None = None
     stop_file: str | None = None
-    unsloth_switches: tuple[str, ...] = ()  # its own environment variables, as NAME=value
+    unsloth_switches: tuple[str, ...] = ()  # environment variables meant for it, as NAME=value
     unsloth_refused: str | None = None  # why this run, when it was first started, could not go on with Unsloth
 
     @property
@@ -116,7 +116,7 @@ def probe() -> Machine:
         cpu_name=_cpu_name(),
         driver=_driver(),
         stop_file=env.get("SUREFOOT_STOP_FILE") or None,
-        unsloth_switches=tuple(sorted(f"{name}={value}" for name, value in env.items() if name.startswith("UNSLOTH_"))),
+        unsloth_switches=tuple(sorted(f"{name}={value}" for name, value in env.items() if name.startswith(("UNSLOTH_", "XFORMERS_")))),
         unsloth_refused=env.get(UNSLOTH_REFUSED),
     )
 

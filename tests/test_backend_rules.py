@@ -44,6 +44,12 @@ def test_unsloth_when_it_works_then_is_used_its_own_way() -> None:
     assert plan(backend="unsloth", stage=3).model.enable_torch_compile is False
 
 
+def test_unsloth_when_older_guides_switches_are_set_then_says_what_has_their_effect() -> None:
+    on = machine(gpus=(H200,), versions=WITH_UNSLOTH, unsloth_switches=("UNSLOTH_ENABLE_LOGGING=1", "XFORMERS_DISABLED=1"))
+    notes = plan(on=on, backend="unsloth").notes
+    assert any(note.startswith("XFORMERS_DISABLED=1: read by nothing") for note in notes)
+
+
 @pytest.mark.parametrize(
     ("answer", "on", "says"),
     [

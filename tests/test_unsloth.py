@@ -59,7 +59,7 @@ FAILURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "architecture" else []) for name in FAILURES])
 def test_trial_when_unsloth_fails_then_the_kind_and_the_exact_reason_are_kept(tmp_path: Path, name: str) -> None:
     code, requires, kind, says = FAILURES[name]
     env = stubs.unsloth(tmp_path, code, requires=requires)

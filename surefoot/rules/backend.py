@@ -11,6 +11,7 @@ from surefoot.rules.speeds import Speed
 
 INSTALL = "Install Unsloth with: pip install 'surefoot[unsloth]'"
 FALLBACKS = {"hf": "transformers", "bnb": "BitsAndBytes"}
+READ_BY_NOTHING = ("XFORMERS_DISABLED", "UNSLOTH_DISABLE_FAST_ATTENTION", "UNSLOTH_FORCE_SDPA")  # older guides set them
 INITS = (True, False, "gaussian", "orthogonal", "loftq")  # which are drawn here, whoever attached the adapter
 
 
@@ -26,6 +27,7 @@ def backend(desk: Desk, quantization: str) -> Choice:
             text = f"{desk.obstacle}. Falling back to {FALLBACKS[fallback]} backend"
             desk.notes.append(text)
             return Choice("backend", fallback, "auto", f"{text} ({why})")
+        _explain_switches(desk)
         return Choice("backend", "unsloth", c.source("backend"), _tested(desk))
     if c.backend == "auto":
         measured = compared(desk)
@@ -108,6 +110,14 @@ def obstacle(desk: Desk) -> str | None:
             f"Unsloth failed to initialize (XFormers or flash-attn conflict): {answer.reason}. Way out: pip uninstall xformers flash-attn"
         )
     return f"Unsloth failed to initialize ({answer.kind}): {answer.reason}"
+
+
+def _explain_switches(desk: Desk) -> None:
+    idle = [switch for switch in desk.machine.unsloth_switches if switch.partition("=")[0] in READ_BY_NOTHING]
+    if idle:
+        desk.notes.append(
+            f"{', '.join(idle)}: read by nothing in Unsloth 2026.10. --attn_implementation=sdpa has that effect, and is the default"
+        )
 
 
 def _method(desk: Desk) -> str:

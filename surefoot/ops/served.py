@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
@@ -95,7 +97,7 @@ def _obstacle(layer: Any) -> str:
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
     """The base model's own answers, inside the block."""
-    layers = [module for module in model.modules() if isinstance(module, ServedLinear) or hasattr(module, "enable_adapters")]
+    layers = [module for module in model.modules() if isinstance(module, ServedLinear | BaseTunerLayer | ModulesToSaveWrapper)]
 
     def switch(is_on: bool) -> None:
         for layer in layers:

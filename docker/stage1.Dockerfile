@@ -9,7 +9,7 @@ ARG LOCK=docker/stage1.lock
 ENV UV_PYTHON_INSTALL_DIR=/surefoot/python UV_LINK_MODE=copy
 COPY docker/system.sh /surefoot/docker/
 RUN /surefoot/docker/system.sh build
-COPY docker /surefoot/docker
+COPY docker/stack.sh docker/uv.lock docker/sbom.py /surefoot/docker/
 COPY ${LOCK} /surefoot/stack.lock
 RUN --mount=type=cache,target=/root/.cache/uv /surefoot/docker/stack.sh
 

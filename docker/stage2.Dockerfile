@@ -9,10 +9,11 @@ ARG LOCK=docker/stage2.lock
 ENV UV_PYTHON_INSTALL_DIR=/surefoot/python UV_LINK_MODE=copy
 COPY docker/system.sh /surefoot/docker/
 RUN /surefoot/docker/system.sh build
-COPY docker /surefoot/docker
+COPY docker/stack.sh docker/uv.lock docker/sbom.py /surefoot/docker/
 COPY ${LOCK} /surefoot/stack.lock
 RUN --mount=type=cache,target=/root/.cache/uv /surefoot/docker/stack.sh
 ARG FLASH_ATTN=source
+COPY docker/flash_attn.sh docker/flash_attn.lock /surefoot/docker/
 RUN --mount=type=cache,target=/root/.cache/uv /surefoot/docker/flash_attn.sh "${FLASH_ATTN}"
 
 FROM ${BASE}

@@ -114,9 +114,9 @@ def build(folder: Path, number: int) -> None:
             if name and (ROOT / name).is_file():
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, copy / name)
+        for file in (copy / "docker").glob("*.Dockerfile"):
+            file.write_text(file.read_text().partition("\n")[2])
         (copy / "docker/cpu.lock").write_text(cpu_lock(next((folder / "wheels").glob("torch-*.whl"))))
-    file = copy / f"docker/stage{number}.Dockerfile"
-    file.write_text(file.read_text().partition("\n")[2])
     arguments = {"BASE": base_of(number), "PYTHON": "3.11", "LOCK": "docker/cpu.lock", **({"FLASH_ATTN": "none"} if number == 2 else {})}
     options = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
     subprocess.run([copy / "docker/build.sh", f"stage{number}", "--network", "host", *options], env=environment(folder), check=True)

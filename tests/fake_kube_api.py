@@ -51,8 +51,24 @@ class Handler(BaseHTTPRequestHandler):
             ]
             group = path.removeprefix("/apis/").removeprefix("/api/")
             self._answer(200, {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": group, "resources": found})
+        elif path == "/openapi/v3":
+            self._answer(200, {"paths": {api[1:]: {"serverRelativeURL": f"/openapi/v3{api}"} for api in RESOURCES}})
+        elif path.removeprefix("/openapi/v3") in RESOURCES:
+            self._answer(200, self._openapi(path.removeprefix("/openapi/v3")))
         else:
             self._object(path)
+
+    def _openapi(self, api: str) -> dict[str, Any]:
+        """Says only that the server checks fields itself, so that kubectl does not."""
+        group, _, version = api.removeprefix("/apis/").removeprefix("/api/").rpartition("/")
+        paths = {}
+        for plural, kind in RESOURCES[api].items():
+            patch = {
+                "parameters": [{"name": "fieldValidation", "in": "query", "schema": {"type": "string"}}],
+                "x-kubernetes-group-version-kind": {"group": group, "version": version, "kind": kind},
+            }
+            paths[f"{api}/namespaces/{{namespace}}/{plural}/{{name}}"] = {"patch": patch}
+        return {"openapi": "3.0.0", "info": {"title": "fake", "version": "1"}, "paths": paths}
 
     def do_POST(self) -> None:
         sent = json.loads(self._body())

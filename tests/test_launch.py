@@ -42,7 +42,7 @@ def launch(*words: object, cwd: Path, path: str = os.environ["PATH"], **variable
         (["local", "--gpus", "--", "--base_model", "m"], "--gpus needs a value"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--lora_rr", "4"], "--lora_rr is not a flag. Did you mean --lora_r?"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--overwrite"], "--overwrite under slurm would remove the run's own checkpoints"),
-        (["slurm", "--nodes", "3", "--", *FLAGS_OF_A_RUN], "--batch_size=128 cannot be split"),
+        (["slurm", "--nodes", "3", "--", *FLAGS_OF_A_RUN, "--batch_size", "128"], "--batch_size=128 cannot be split"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--data_path", "none.jsonl"], "none.jsonl does not exist"),
     ],
 )  # fmt: skip

@@ -27,7 +27,7 @@ def completed(ask: Ask) -> Ask:
     Raises:
         UsageError: --overwrite where the command may be started again.
     """
-    names = {word.partition("=")[0].replace("-", "_").strip("_") for word in ask.flags if word.startswith("--")}
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in ask.flags if word.startswith("--")}
     if "overwrite" in names and ask.world in (*RESTARTED, "slurm"):
         raise UsageError(
             f"--overwrite under {ask.world} would remove the run's own checkpoints when it is started again. Choose a new --output_dir"

@@ -91,7 +91,7 @@ def trainjob(ask: Ask) -> list[dict[str, Any]]:
         "kind": "TrainingRuntime",
         "metadata": {"name": ask.name, "labels": {"trainer.kubeflow.org/framework": "torch"}},
         "spec": {
-            "mlPolicy": {"numNodes": ask.nodes, "torch": {"numProcPerNode": ask.processes}},
+            "mlPolicy": {"numNodes": ask.nodes, "torch": {}},
             "template": {"spec": {"replicatedJobs": [replicated]}},
         },
     }

@@ -11,7 +11,7 @@ from typing import Any
 from surefoot.report import parts, records
 from surefoot.report.records import Run
 
-DATA = ("rows_read", "train_rows", "eval_rows", "split", "formats", "styles")
+DATA: tuple[str, ...] = ("rows_read", "train_rows", "eval_rows", "split", "formats", "styles")
 DATA += ("tokens", "trained_tokens", "mean_length", "p95_length", "max_length")
 SAMPLES, CHARACTERS = 12, 600  # shown of the changed answers, and of each
 FIGURES = {

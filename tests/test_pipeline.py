@@ -174,7 +174,8 @@ def test_files_when_of_every_kind_then_each_gives_its_rows(tmp_path: Path) -> No
 
 
 PEAK = """import runpy, sys
-try: runpy.run_path(sys.argv[1], run_name="__main__")
+del sys.argv[0]
+try: runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as ended: assert ended.code == 0
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))"""
 

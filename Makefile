@@ -36,7 +36,7 @@ quoted = '$(subst ','\'',$(1))'
 	infer-interactive merge merge-bf16 merge-test schema test test-slow lint check clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "%-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9 -]+:.*## /{printf "%-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables: CONFIG=$(CONFIG) STYLE MODEL TB_PORT=$(TB_PORT) DATA=$(DATA) TRAIN_ON RUN FLAGS"
 
 install: $(VENV)/.installed ## create .venv with the tested package set

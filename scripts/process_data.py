@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +104,7 @@ def process_data(
     finally:
         splits.discard()
     record = {"files": [str(path) for path in files.paths], "seed": used_seed, "shares": shares, "max_chars": max_chars, "splits": sizes}
-    (folder / "report.json").write_text(json.dumps(record | asdict(counts), indent=2) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(record | vars(counts), indent=2) + "\n", encoding="utf-8")
     print(f"read: {counts.read:,} rows of {len(files.paths)} file{'s' * (len(files.paths) > 1)} in {time.perf_counter() - began:.1f} s")
     print(
         "\n".join([*counts.lines(max_chars), *(f"written: {folder / name}.jsonl, {rows:,} rows" for name, rows in sizes.items() if rows)])

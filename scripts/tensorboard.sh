@@ -8,7 +8,7 @@ pid_file=$logdir/.tensorboard-$port.pid log=$logdir/.tensorboard-$port.log
 answers() { (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; }
 # the process of the pid file, if it still is that TensorBoard: a pid may have gone to another program
 ours() {
-  pid=$(cat "$pid_file" 2>/dev/null) && ps -o args= -p "$pid" 2>/dev/null | grep -qF -- "tensorboard.main --logdir $logdir --port $port"
+  pid=$(cat "$pid_file" 2>/dev/null) && ps -ww -o args= -p "$pid" 2>/dev/null | grep -qF -- "tensorboard.main --logdir $logdir --port $port"
 }
 
 case $action in

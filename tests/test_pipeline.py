@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,22 +173,29 @@ def test_files_when_of_every_kind_then_each_gives_its_rows(tmp_path: Path) -> No
     assert done.stdout.startswith("read: 10 rows of 6 files in ")
 
 
+PEAK = """import runpy, sys
+del sys.argv[0]
+try: runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended: assert ended.code == 0
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))"""
+
+
 def peak_mb(*words: object) -> float:
-    """Peak memory of process_data.py as the kernel counts it."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "scripts/process_data.py"), *map(str, words)], stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    assert status == 0
-    return used.ru_maxrss / 1024
+    """Peak memory of process_data.py; not wait4's, which a big parent raises."""
+    command = [sys.executable, "-c", PEAK, str(ROOT / "scripts/process_data.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1]) / 1024
 
 
 def test_memory_when_the_file_is_a_hundred_times_as_long_then_grows_by_its_hashes_only(tmp_path: Path) -> None:
     peaks = []
-    for rows in (1_500, 150_000):
+    for rows in (800, 80_000):
         path = tmp_path / f"{rows}.jsonl"
         path.write_text("".join(f'{{"question": "{number} {"word " * 60}", "answer": "yes"}}\n' for number in range(rows)))
         peaks.append(peak_mb("--raw_path", path, "--out", tmp_path / "out"))
-    assert path.stat().st_size > 45e6
-    assert peaks[1] - peaks[0] < 25
+    assert path.stat().st_size > 24e6
+    assert peaks[1] - peaks[0] < 12
 
 
 @pytest.mark.parametrize(
@@ -300,6 +306,7 @@ def test_render_when_the_template_marks_answers_then_they_are_the_target_and_tex
     assert "writes text after the answer" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_each_stage_when_trained_on_then_the_run_is_done(tmp_path: Path, finetune: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     raw(tmp_path, [json.loads(line) for line in TRAIN_ROWS.read_text().splitlines()[:60]])
     script("process_data", folder=tmp_path)
@@ -309,7 +316,7 @@ def test_each_stage_when_trained_on_then_the_run_is_done(tmp_path: Path, finetun
         folder = tmp_path / "data" / stage
         done = finetune(
             "--base_model", SMALL_MODEL, "--data_path", folder / "train.jsonl", "--val_data_path", folder / "val.jsonl", "--batch_size=8",
-            "--max_steps=1", "--cutoff_len=512", "--report_to=none", "--save_strategy=no", "--output_dir", tmp_path / f"run_{stage}",
+            "--max_steps=3", "--learning_rate=2e-3", "--warmup_steps=0", "--cutoff_len=512", "--report_to=none", "--save_strategy=no", "--output_dir", tmp_path / f"run_{stage}",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         record = json.loads((tmp_path / f"run_{stage}/run.json").read_text())

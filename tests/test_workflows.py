@@ -34,6 +34,7 @@ def test_script_when_checked_then_shellcheck_finds_nothing(path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+@pytest.mark.slow
 def test_batch_when_one_data_set_fails_then_the_others_run_and_the_table_has_all(tmp_path: Path, venv: Path) -> None:
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:40]) + "\n")

@@ -50,6 +50,14 @@ def _put(temporary: Path, out: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
+def put_aside(temporary: Path, out: Path) -> Path:
+    """Moves what failed its verdict to `out` with `.refused` at its end, and returns that."""
+    kept = out.with_name(out.name + REFUSED)
+    shutil.rmtree(kept, ignore_errors=True)
+    temporary.rename(kept)
+    return kept
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

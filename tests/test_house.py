@@ -35,7 +35,7 @@ ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.o
 def level(module: str) -> int:
     if module.startswith("surefoot.rules"):
         return 2
-    if module.startswith(("surefoot.diagnosis", "surefoot.doctor")):
+    if module.startswith(("surefoot.diagnosis", "surefoot.doctor", "surefoot.export")):
         return 4
     if any(module == room or module.startswith(f"{room}.") for room in ROOMS):
         return 3

@@ -73,7 +73,9 @@ def merged(adapter: Adapter, name: str, kind: type[torch.nn.Module], weight: tor
     for part in live.keys() | saved.keys():
         here, there = live.get(part), saved.get(part)
         if here is None or there is None or here.shape != there.shape:
-            shapes = f"{None if there is None else tuple(there.shape)} in the file, {None if here is None else tuple(here.shape)} for this base"
+            shapes = (
+                f"{None if there is None else tuple(there.shape)} in the file, {None if here is None else tuple(here.shape)} for this base"
+            )
             raise UsageError(f"{name}.{part}: shape {shapes}. Is this the adapter's base model?")
         here.copy_(there)
     try:

@@ -60,7 +60,9 @@ def files(source: Source, out: Path) -> list[str]:
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if end is not None and end not in known:
         generation["eos_token_id"] = [*known, end]
-        notes.append(f"generation_config.json: eos_token_id {known} -> {[*known, end]}, so that generation stops where training ended its answers")
+        notes.append(
+            f"generation_config.json: eos_token_id {known} -> {[*known, end]}, so that generation stops where training ended its answers"
+        )
     write_json(out / "generation_config.json", generation)
     return notes
 

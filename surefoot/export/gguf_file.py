@@ -91,7 +91,9 @@ def write(folder: Path, file: Path, form: str) -> Iterator[Tensor]:
         shape = gguf.quant_shape_to_byte_shape(tensor.stored.shape, tensor.type)
         dtype = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(tensor.type, np.uint8)
         size = int(np.prod(shape))
-        writer.add_tensor_info(tensor.name, shape if dtype == np.uint8 else tensor.stored.shape, np.dtype(dtype), size, raw_dtype=tensor.type)
+        writer.add_tensor_info(
+            tensor.name, shape if dtype == np.uint8 else tensor.stored.shape, np.dtype(dtype), size, raw_dtype=tensor.type
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -142,7 +144,8 @@ def rope_factors(config: dict[str, Any]) -> np.ndarray[Any, Any] | None:
     model = AutoConfig.for_model(**config)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model, torch.device("cpu"))
     plain = 1.0 / _rope(config)["rope_theta"] ** (torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled)))
-    return (plain / scaled).float().numpy()
+    factors: np.ndarray[Any, Any] = (plain / scaled).float().numpy()
+    return factors
 
 
 def _add_config(writer: GGUFWriter, config: dict[str, Any], file_type: LlamaFileType, name: str) -> None:
@@ -188,7 +191,7 @@ def differences(file: Path, folder: Path) -> list[str]:
 
     tokens = field("ggml.tokens")
     expected = gguf_vocab.read(folder, len(tokens))
-    pairs = {
+    pairs: dict[str, tuple[Any, Any]] = {
         "chat template": (field("chat_template"), expected.chat_template),
         "tokens": (tokens, expected.tokens),
         "merges": (field("ggml.merges"), expected.merges),
@@ -197,7 +200,11 @@ def differences(file: Path, folder: Path) -> list[str]:
     }
     pairs |= {f"{name} id": (field(f"ggml.{name}_token_id") if name != "pad" else field("ggml.padding_token_id"), index)
               for name, index in expected.special.items()}  # fmt: skip
-    return [f"{name} of the GGUF {'is another' if there is not None else 'is missing'}" for name, (there, here) in pairs.items() if there != here]
+    return [
+        f"{name} of the GGUF {'is another' if there is not None else 'is missing'}"
+        for name, (there, here) in pairs.items()
+        if there != here
+    ]
 
 
 def convert(converter: str, folder: Path, file: Path, form: str) -> None:

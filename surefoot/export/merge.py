@@ -63,8 +63,8 @@ def prepare(source: Source, dtype: str) -> Work:
     missing += [name for name in loaded.replaced if not _stored_name(name, tensors) and name != untied]
     if missing:
         raise UsageError(
-            f"{source.base}: its files hold no weight of {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which the "
-            "adapter or its quantization changes. Is this the adapter's base model? Models whose files are laid out otherwise are not merged"
+            f"{source.base}: its files hold no weight of {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which "
+            "the adapter or its quantization changes. Is this the adapter's base model? Files laid out otherwise are not merged"
         )
     return Work(
         source=source,
@@ -131,7 +131,11 @@ def made(work: Work, output: Output) -> torch.Tensor:
     is_untied = name == work.untied
     module = work.skeleton.head if is_untied else work.modules.get(name)
     replacement = work.adapter.replaced.get(name, work.adapter.replaced.get(f"{module}.weight") if module else None)
-    stored = work.stored[next(place for place, owner in work.modules.items() if owner == work.skeleton.embedding)] if is_untied else work.stored[name]
+    stored = (
+        work.stored[next(place for place, owner in work.modules.items() if owner == work.skeleton.embedding)]
+        if is_untied
+        else work.stored[name]
+    )
     if not stored.is_floating:
         return stored.read()
     if replacement is not None:
@@ -153,7 +157,7 @@ def _changed(work: Work, module: str, weight: torch.Tensor, rows: int) -> torch.
 
 
 def grown(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """The embedding or head with new rows below, each the mean of the old ones: its logit is their mean, so that it is never the largest."""
+    """The embedding or head with new rows below, each the mean of the old ones: so that its logit is never the largest."""
     missing = rows - weight.shape[0]
     return weight if missing <= 0 else torch.cat([weight, weight.float().mean(dim=0, keepdim=True).to(weight.dtype).expand(missing, -1)])
 
@@ -161,7 +165,11 @@ def grown(weight: torch.Tensor, rows: int) -> torch.Tensor:
 def _cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     result = weight.to(device="cpu", dtype=dtype).contiguous()
     if not bool(torch.isfinite(result).all()):
-        cause = "is beyond fp16's 65504: use --dtype=bf16" if bool(torch.isfinite(weight).all()) else "is not finite: is the base model damaged?"
+        cause = (
+            "is beyond fp16's 65504: use --dtype=bf16"
+            if bool(torch.isfinite(weight).all())
+            else "is not finite: is the base model damaged?"
+        )
         raise NumericsError(f"{name}: a value {cause}")
     return result
 

@@ -96,7 +96,9 @@ def observe(model: Any, prompts: Sequence[Sequence[int]], columns: int) -> Refer
 def compare(reference: Reference, model: Any) -> Difference:
     """The model's logits over the reference's own rows: greedy decoding is the same exactly where each next token is."""
     found: list[dict[str, float]] = []
-    for ids, start, expected in zip(told(reference.rows, len(reference.rows), "parity, the export"), reference.starts, reference.logits, strict=True):
+    for ids, start, expected in zip(
+        told(reference.rows, len(reference.rows), "parity, the export"), reference.starts, reference.logits, strict=True
+    ):
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu()
         found.append(_one(expected, logits, start))
     tokens = sum(row["tokens"] for row in found)

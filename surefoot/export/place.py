@@ -24,7 +24,9 @@ def check(out: Path, *, overwrites: bool) -> None:
     if not overwrites:
         raise UsageError(f"--out={out} exists: give --overwrite, or another --out")
     if not out.is_dir() or (any(out.iterdir()) and not (out / "surefoot_meta.json").is_file()):
-        raise UsageError(f"--out={out} is nothing that this program exported (no surefoot_meta.json): remove it yourself, or give another --out")
+        raise UsageError(
+            f"--out={out} is nothing that this program exported (no surefoot_meta.json): remove it yourself, or give another --out"
+        )
 
 
 @contextmanager

@@ -65,6 +65,7 @@ def encoded(tokenizer: Any, prompts: tuple[str, ...]) -> list[list[int]]:
     if not tokenizer.chat_template:
         return [[int(token) for token in tokenizer(prompt)["input_ids"]] for prompt in prompts]
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True) for prompt in prompts
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
     ]
     return [[int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]

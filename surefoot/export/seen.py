@@ -54,7 +54,9 @@ def _quantized(model: Any, quantization: str) -> frozenset[str]:
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
         from transformers.quantizers.base import get_keys_to_not_convert
     except ImportError:
-        raise BackendError(f"a base seen in {quantization} needs bitsandbytes, which is not installed: pip install 'surefoot[bnb]'") from None
+        raise BackendError(
+            f"a base seen in {quantization} needs bitsandbytes, which is not installed: pip install 'surefoot[bnb]'"
+        ) from None
     asked = BitsAndBytesConfig(load_in_4bit=quantization == "nf4", load_in_8bit=quantization == "int8")
     model = replace_with_bnb_linear(model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=asked)
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)

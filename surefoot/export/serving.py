@@ -10,7 +10,9 @@ from surefoot.data.formats import Example, Turn
 from surefoot.data.prompts import prompt_text
 from surefoot.export import carry
 
-UNMERGED = "DoRA adapters cannot be served unmerged by vLLM or llama.cpp (their LoRA loaders know no magnitude vector): serve this merged model"
+UNMERGED = (
+    "DoRA adapters cannot be served unmerged by vLLM or llama.cpp (their LoRA loaders know no magnitude vector): serve this merged model"
+)
 JINJA = "chat_template_{style}.jinja"
 
 
@@ -106,14 +108,22 @@ def jinja(found: Pieces) -> str:
     )
 
 
-def write(folder: Path, out: Path, record: dict[str, Any], say: Callable[[str], object], gguf: str | None = None) -> None:
+def write(
+    folder: Path,
+    out: Path,
+    record: dict[str, Any],
+    say: Callable[[str], object],
+    *,
+    gguf: str | None = None,
+    tokenizer_folder: Path | None = None,
+) -> None:
     """Writes SERVING.md, and Modelfile where the prompt can be told to Ollama, into `folder`, which will be `out`."""
-    tokenizer = carry.tokenizer(folder)
+    tokenizer = carry.tokenizer(tokenizer_folder or folder)
     style = style_of(record)
     found = pieces(tokenizer, style)
     lines = [f"# Serving {out.name}", ""]
     options = ""
-    if style.startswith("alpaca") and found:
+    if found and not found.system and style.startswith("alpaca") and gguf is None:
         name = JINJA.format(style=style)
         (folder / name).write_text(jinja(found), encoding="utf-8")
         options = f" --chat-template {out / name}"
@@ -121,11 +131,14 @@ def write(folder: Path, out: Path, record: dict[str, Any], say: Callable[[str], 
     if gguf is None:
         lines += ["vLLM:", "```", f"vllm serve {out}{options}", "```", ""]
     if found:
-        adds_bos = bool(tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id])
-        (folder / "Modelfile").write_text(modelfile(f"./{gguf or '.'}", found, tokenizer, adds_bos=adds_bos), encoding="utf-8")
-        lines += ["Ollama:", "```", f"ollama create {out.name} -f {out / 'Modelfile'} && ollama run {out.name}", "```", ""]
+        adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+        weights = f"./{gguf}" if gguf else "."
+        (folder / "Modelfile").write_text(modelfile(weights, found, tokenizer, adds_bos=adds_bos), encoding="utf-8")
+        lines += ["Ollama:", "```", f"ollama create {out.name.lower()} -f {out / 'Modelfile'}", f"ollama run {out.name.lower()}", "```", ""]
     else:
         say("note: no Ollama Modelfile: the prompt the model was trained on cannot be written as Ollama's template")
         lines += ["No Ollama Modelfile: the prompt the model was trained on cannot be written as Ollama's template.", ""]
     lines += [f"Stop tokens: {', '.join(stop_tokens(tokenizer, found))}.", "", f"{UNMERGED}.", ""]
     (folder / "SERVING.md").write_text("\n".join(lines), encoding="utf-8")
+    if record.get("plan", {}).get("adapter", {}).get("method") == "dora":
+        say(f"note: {UNMERGED}")

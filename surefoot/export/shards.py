@@ -31,7 +31,8 @@ class Stored(NamedTuple):
     def read(self) -> torch.Tensor:
         """The tensor. The file is opened for it alone, so that its pages are given back."""
         with safe_open(self.file, framework="pt") as opened:
-            return opened.get_tensor(self.name).clone()
+            tensor: torch.Tensor = opened.get_tensor(self.name).clone()
+        return tensor
 
 
 class Output(NamedTuple):
@@ -79,7 +80,11 @@ def _files(folder: Path) -> list[Path]:
         return files
     if files:
         raise UsageError(f"{folder} holds {len(files)} safetensors files and no {INDEX}: copy the index as well")
-    hint = "its weights are pytorch_model*.bin: load and save_pretrained() them once" if any(folder.glob("pytorch_model*.bin")) else "no weights"
+    hint = (
+        "its weights are pytorch_model*.bin: load and save_pretrained() them once"
+        if any(folder.glob("pytorch_model*.bin"))
+        else "no weights"
+    )
     raise UsageError(f"{folder} holds no *.safetensors ({hint})")
 
 
@@ -103,7 +108,9 @@ def write(folder: Path, outputs: Sequence[Output], make: Callable[[Output], torc
         BackendError: the disk refused.
     """
     groups = grouped(outputs, limit)
-    names = ["model.safetensors"] if len(groups) == 1 else [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+    names = (
+        ["model.safetensors"] if len(groups) == 1 else [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+    )
     for name, group in zip(names, groups, strict=True):
         tensors = {}
         for output in group:

@@ -66,13 +66,17 @@ def read(adapter: str, base_model: str = "", onto: str = "seen") -> Source:
         problems.append(f"--onto={onto} must be one of {', '.join(ONTO)}")
     seen = stamp.get("quantization") or (onto if onto in ("nf4", "int8") else "none")
     if stamp and onto in ("nf4", "int8") and onto != seen:
-        problems.append(f"--onto={onto}: backend.json says that the adapter saw the base with quantization {seen}. Give --onto=seen or 16bit")
+        problems.append(
+            f"--onto={onto}: backend.json says that the adapter saw the base with quantization {seen}. Give --onto=seen or 16bit"
+        )
     if not stamp:
         notes.append(f"no backend.json beside the adapter: its base is taken as {'unquantized' if seen == 'none' else seen}")
     if record and record.get("status") != "done":
         notes.append(f"run.json says that the run is {record.get('status')}: this adapter is not its end")
     if seen != "none" and onto == "16bit":
-        notes.append(f"merged into the unquantized base as asked: the adapter was trained on the {seen} base, so the result is another model")
+        notes.append(
+            f"merged into the unquantized base as asked: the adapter was trained on the {seen} base, so the result is another model"
+        )
     if problems:
         raise UsageError(joined(problems))
     name, base = _base(base_model, stamp, config, notes)
@@ -131,7 +135,9 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS + SPLIT_INITS:
         why = "its start cannot be made again, so that the base the adapter saw is lost"
-        problems.append(f"init_lora_weights={init} changed the base weights, and {why}. Save the changed base beside the adapter when training")
+        problems.append(
+            f"init_lora_weights={init} changed the base weights, and {why}. Save the changed base beside the adapter when training"
+        )
     return problems
 
 
@@ -141,7 +147,9 @@ def _stamp_problems(stamp: dict[str, Any], config: dict[str, Any], folder: Path)
         return []
     problems = []
     if stamp.get("backend") not in ("hf", "bnb"):
-        problems.append(f"backend.json: backend {stamp.get('backend')} loads the base in its own way, and the result would not be what it saw")
+        problems.append(
+            f"backend.json: backend {stamp.get('backend')} loads the base in its own way, and the result would not be what it saw"
+        )
     if stamp.get("quantization") not in ("none", "nf4", "int8"):
         problems.append(f"backend.json: quantization {stamp.get('quantization')} is not known (none, nf4, int8)")
     made = stamp.get("adapter", {})
@@ -153,7 +161,9 @@ def _stamp_problems(stamp: dict[str, Any], config: dict[str, Any], folder: Path)
     }
     other = [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]
     if other:
-        problems.append(f"{folder}: backend.json and adapter_config.json are of two runs ({'; '.join(other)}). Restore the one that was replaced")
+        problems.append(
+            f"{folder}: backend.json and adapter_config.json are of two runs ({'; '.join(other)}). Restore the one that was replaced"
+        )
     return problems
 
 
@@ -181,7 +191,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UsageError(f"the base model {name} is no folder here, and the Hub could not give it ({first}). Give --base_model=FOLDER") from None
+        raise UsageError(
+            f"the base model {name} is no folder here, and the Hub could not give it ({first}). Give --base_model=FOLDER"
+        ) from None
 
 
 def _base_config(base: Path) -> dict[str, Any]:

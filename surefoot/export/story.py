@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from surefoot import runtime
 from surefoot.errors import NumericsError, UsageError
-from surefoot.export import judge, merge, place, records, serving, source
+from surefoot.export import carry, judge, merge, place, records, serving, source
 from surefoot.export.judge import Subject, Verdict
 from surefoot.export.progress import told
 from surefoot.export.source import Source
@@ -66,7 +66,9 @@ def settle(folder: Path, out: Path, verdict: Verdict | None, say: Say) -> None:
     say(verdict.line)
     if not verdict.holds:
         kept = place.put_aside(folder, out)
-        raise NumericsError(f"the export is not what was trained: {'; '.join(verdict.reasons)}. It is kept in {kept} for a look; do not serve it")
+        raise NumericsError(
+            f"the export is not what was trained: {'; '.join(verdict.reasons)}. It is kept in {kept} for a look; do not serve it"
+        )
     band = verdict.record["band"]
     say(f"parity holds: within {band['logits']:g} of the largest logit and KL {band['kl']:g}; chat template and special tokens are equal")
 
@@ -84,7 +86,7 @@ def verify(model: str, prompt_file: str, say: Say) -> None:
     runtime.quiet()
     found = from_meta(meta)
     verdict = judge.of_adapter(found, Subject(folder, meta["format"], trusts_remote_code=found.trusts_remote_code), prompt_file)
-    records.carry.write_json(folder / records.PARITY, verdict.record)
+    carry.write_json(folder / records.PARITY, verdict.record)
     say(verdict.line)
     if not verdict.holds:
         raise NumericsError(f"{folder} is not what was trained: {'; '.join(verdict.reasons)}. Merge again")

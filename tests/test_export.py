@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -85,7 +86,7 @@ def test_rope_factors_when_scaled_as_llama3_then_divide_the_frequencies() -> Non
     assert factors.shape == (64,)
     assert factors[:20] == pytest.approx(1.0)  # short wavelengths stay
     assert factors[-20:] == pytest.approx(8.0)  # long ones are divided by the factor
-    assert all(one <= other + 1e-6 for one, other in zip(factors, factors[1:], strict=False))
+    assert all(one <= other + 1e-6 for one, other in itertools.pairwise(factors))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_gguf_when_the_tokenizer_splits_in_an_unknown_way_then_is_refused(tmp_pa
     content = json.loads((folder / "tokenizer.json").read_text())
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="splits text in a way whose name in llama.cpp is not known here"):
+    with pytest.raises(UsageError, match=r"splits text in a way whose name in llama\.cpp is not known here"):
         gguf_vocab.read(folder, 4096)
 
 
@@ -120,9 +121,9 @@ def test_converter_when_given_then_writes_the_gguf_or_its_last_word_is_passed_on
     gguf_file.convert(str(converter), SMALL_MODEL, file, "gguf-q8_0")
     assert file.read_text() == "--outtype q8_0"
     converter.write_text("raise NotImplementedError('BPE pre-tokenizer was not recognized')")
-    with pytest.raises(BackendError, match="failed .exit 1.: NotImplementedError: BPE pre-tokenizer was not recognized"):
+    with pytest.raises(BackendError, match=r"failed \(exit 1\): NotImplementedError: BPE pre-tokenizer was not recognized"):
         gguf_file.convert(str(converter), SMALL_MODEL, file, "gguf-q8_0")
-    with pytest.raises(UsageError, match="does not exist: give the path of llama.cpp's"):
+    with pytest.raises(UsageError, match=r"does not exist: give the path of llama\.cpp's"):
         gguf_file.convert(str(tmp_path / "gone.py"), SMALL_MODEL, file, "gguf-q8_0")
 
 
@@ -177,7 +178,7 @@ def test_serving_when_trained_on_alpaca_then_writes_that_prompt_and_not_the_chat
 def test_push_when_not_confirmed_then_lists_and_sends_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "model.safetensors").write_bytes(bytes(1234))
-    with pytest.raises(UsageError, match="it has no parity.json"):
+    with pytest.raises(UsageError, match=r"it has no parity\.json"):
         hub.push(tmp_path, "me/model", is_confirmed=False, say=said.append)
     (tmp_path / "parity.json").write_text('{"verdict": "beyond the band"}')
     with pytest.raises(UsageError, match="its parity verdict is: beyond the band"):

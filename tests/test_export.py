@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -127,27 +128,36 @@ def test_converter_when_given_then_writes_the_gguf_or_its_last_word_is_passed_on
         gguf_file.convert(str(tmp_path / "gone.py"), SMALL_MODEL, file, "gguf-q8_0")
 
 
-def ollama(found: serving.Pieces, *turns: tuple[str, str]) -> str:
-    """What the template's pieces write for (user, assistant) turns, the last answer open."""
-    text = found.start
-    for user, assistant in turns:
-        text += found.user[0] + user + found.user[1] + (assistant + found.assistant[1] if assistant else "")
-    return text
+QWEN = (
+    "{% if messages[0].role != 'system' %}{{ '<|start_header_id|>system\\nYou are kind.<|eot_id|>' }}{% endif %}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '\\n' + m.content + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant\\n' }}{% endif %}"
+)
 
 
-def test_pieces_when_taken_from_a_chat_template_then_write_its_text() -> None:
+@pytest.mark.parametrize("template", [None, QWEN], ids=["llama", "default_system"])
+def test_modelfile_when_made_from_a_chat_template_then_writes_its_text(template: str | None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SMALL_MODEL)
+    tokenizer.chat_template = template or tokenizer.chat_template
     found = serving.pieces(tokenizer, "chat")
     assert found is not None
-    messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Three?"}]
-    assert ollama(found, ("One?", "Two."), ("Three?", "")) == tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
-    assert found.system == ("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>")
     text = serving.modelfile("./x.gguf", found, tokenizer, adds_bos=True)
-    assert "<|begin_of_text|>" not in text
-    assert 'PARAMETER stop "<|eot_id|>"' in text
-    assert "{{ if .System }}<|start_header_id|>system" in text
+    template_text = text.split('"""')[1]
+    for system in ("", "Be brief."):
+        turns = [("system", system)] * bool(system) + [("user", "One?"), ("assistant", "Two."), ("user", "Three?")]
+        messages = [{"role": role, "content": said} for role, said in turns]
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.bos_token * (template is None) + go_template(template_text, turns, system) == expected
+    assert 'PARAMETER stop "<|eot_id|>"\nPARAMETER stop "<|end_of_text|>"' in text
+
+
+def go_template(text: str, turns: list[tuple[str, str]], system: str) -> str:
+    """What Ollama makes of the few constructs used here: `if not .System`, `range .Messages`, `if eq .Role`."""
+    text = re.sub(r"\{\{ if not \.System \}\}(.*?)\{\{ end \}\}", lambda found: "" if system else found[1], text, flags=re.S)
+    start, _, rest = text.partition("{{ range .Messages }}")
+    body, _, asks = rest.rpartition("{{ end }}")
+    branches = dict(re.findall(r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ end \}\}', body, flags=re.S))
+    return start + "".join(branches[role].replace("{{ .Content }}", said) for role, said in turns) + asks
 
 
 def test_pieces_when_a_template_treats_turns_by_their_place_then_there_are_none() -> None:
@@ -164,7 +174,8 @@ def test_serving_when_trained_on_alpaca_then_writes_that_prompt_and_not_the_chat
     export(trained("dora"), tmp_path / "out", "gguf-f16", checks_parity=False)
     text = (tmp_path / "out/Modelfile").read_text()
     assert text.startswith("FROM ./out.F16.gguf")
-    assert "### Instruction:\n{{ .Prompt }}\n\n### Response:\n{{ .Response }}<|end_of_text|>" in text
+    assert "### Instruction:\n{{ .Content }}\n\n### Response:\n{{ end }}" in text
+    assert "{{ .Content }}<|end_of_text|>" in text
     assert "<|start_header_id|>" not in text
     tokenizer = AutoTokenizer.from_pretrained(trained("dora"))
     found = serving.pieces(tokenizer, "alpaca")

@@ -67,7 +67,7 @@ def files(source: Source, out: Path) -> list[str]:
     return notes
 
 
-def config(source: Source, out: Path, *, dtype: torch.dtype, rows: int, is_untied: bool) -> list[str]:
+def config(source: Source, out: Path, *, dtype: torch.dtype, rows: int, is_untied: bool) -> None:
     """Writes the base's config.json with the new dtype, vocabulary and tying."""
     content = dict(source.base_config)
     named = str(dtype).removeprefix("torch.")
@@ -80,7 +80,6 @@ def config(source: Source, out: Path, *, dtype: torch.dtype, rows: int, is_untie
     if is_untied:
         content["tie_word_embeddings"] = False
     write_json(out / "config.json", content)
-    return []
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

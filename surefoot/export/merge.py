@@ -21,13 +21,16 @@ ROWS_MULTIPLE = 64  # as training grows the embedding when PAD was added (backen
 
 
 class Work(NamedTuple):
-    """All that a tensor's merge needs. `rows` is the vocabulary size written; `untied` is the head made from the embedding's tensor."""
+    """All that a tensor's merge needs, by the names of the tensors to write: where each comes from, the module whose weight it is, and
+    what replaces it whole. `rows` is the vocabulary size to write; `untied` is the head's name where it leaves the shared weight.
+    """
 
     source: Source
     adapter: Adapter
     skeleton: Skeleton
     stored: dict[str, Stored]
-    modules: dict[str, str]  # stored name of a weight -> module
+    modules: dict[str, str]
+    replaced: dict[str, torch.Tensor]
     dtype: torch.dtype
     rows: int
     untied: str | None
@@ -35,11 +38,9 @@ class Work(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What was written: number of tensors and of those changed by the adapter, vocabulary rows, and lines for the user."""
+    """How many tensors the adapter changed, and lines for the user."""
 
-    tensors: int
     merged: int
-    rows: int
     notes: tuple[str, ...]
 
 
@@ -53,14 +54,16 @@ def prepare(source: Source, dtype: str) -> Work:
     bones = seen.skeleton(source.base, source.onto, trusts_remote_code=source.trusts_remote_code)
     tensors = shards.stored(source.base)
     places = {name: _stored_name(f"{name}.weight", tensors) for name in bones.kinds}
-    if bones.is_tied and bones.head and places[bones.head]:  # a copy that loading ignores
-        del tensors[str(places[bones.head])]
-        places[bones.head] = None
+    embedding = tensors[str(places[bones.embedding])]
     untied = None
-    if bones.is_tied and bones.head and _touches_vocabulary(loaded, bones):
-        untied = f"{bones.head}.weight"
-    missing = [name for name in sorted(loaded.layers.keys() | bones.quantized) if not places.get(name) and name != bones.head]
-    missing += [name for name in loaded.replaced if not _stored_name(name, tensors) and name != untied]
+    if bones.is_tied and bones.head:
+        tensors.pop(str(places[bones.head]), None)  # a copy that loading ignores
+        untied = f"{bones.head}.weight" if _touches_vocabulary(loaded, bones) else None
+        places[bones.head] = untied
+        tensors |= {untied: embedding} if untied else {}
+    replaced = {_stored_name(name, tensors) or name: tensor for name, tensor in loaded.replaced.items()}
+    missing = [name for name in sorted(loaded.layers.keys() | bones.quantized) if not places.get(name)]
+    missing += [name for name in replaced if name not in tensors]
     if missing:
         raise UsageError(
             f"{source.base}: its files hold no weight of {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which "
@@ -72,8 +75,9 @@ def prepare(source: Source, dtype: str) -> Work:
         skeleton=bones,
         stored=tensors,
         modules={place: name for name, place in places.items() if place},
+        replaced=replaced,
         dtype=DTYPES[dtype],
-        rows=_rows(source, loaded, tensors[str(places[bones.embedding])].shape[0], bones),
+        rows=_rows(source, loaded, embedding.shape[0], bones),
         untied=untied,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
@@ -100,15 +104,12 @@ def _rows(source: Source, loaded: Adapter, rows: int, bones: Skeleton) -> int:
 
 
 def outputs(work: Work) -> list[Output]:
-    """Every tensor to write, in the base's order; a head that was tied follows its embedding."""
+    """Every tensor to write, in the base's order; a head that was tied comes last."""
     found = []
-    for tensor in work.stored.values():
-        dtype = work.dtype if tensor.is_floating else tensor.read().dtype
-        is_vocabulary = work.modules.get(tensor.name) in (work.skeleton.embedding, work.skeleton.head)
+    for name, tensor in work.stored.items():
+        is_vocabulary = work.modules.get(name) in (work.skeleton.embedding, work.skeleton.head)
         shape = (work.rows, *tensor.shape[1:]) if is_vocabulary else tensor.shape
-        found.append(Output(tensor.name, shape, dtype))
-        if work.untied and work.modules.get(tensor.name) == work.skeleton.embedding:
-            found.append(Output(work.untied, shape, dtype))
+        found.append(Output(name, shape, work.dtype if tensor.is_floating else tensor.read().dtype))
     return found
 
 
@@ -127,24 +128,15 @@ def made(work: Work, output: Output) -> torch.Tensor:
     Raises:
         NumericsError: it does not fit the dtype.
     """
-    name = output.name
-    is_untied = name == work.untied
-    module = work.skeleton.head if is_untied else work.modules.get(name)
-    replacement = work.adapter.replaced.get(name, work.adapter.replaced.get(f"{module}.weight") if module else None)
-    stored = (
-        work.stored[next(place for place, owner in work.modules.items() if owner == work.skeleton.embedding)]
-        if is_untied
-        else work.stored[name]
-    )
-    if not stored.is_floating:
-        return stored.read()
-    if replacement is not None:
-        weight = replacement
-    elif module is None or not (module in work.adapter.layers or module in work.skeleton.quantized or stored.shape[0] != output.shape[0]):
-        weight = stored.read()
-    else:
-        weight = _changed(work, module, stored.read().to(work.device), output.shape[0])
-    return _cast(name, weight, work.dtype)
+    if output.name in work.replaced:
+        return _cast(output.name, work.replaced[output.name], work.dtype)
+    weight = work.stored[output.name].read()
+    if not weight.is_floating_point():
+        return weight
+    module = work.modules.get(output.name)
+    if module in work.adapter.layers or module in work.skeleton.quantized or tuple(weight.shape) != output.shape:
+        weight = _changed(work, str(module), weight.to(work.device), output.shape[0])
+    return _cast(output.name, weight, work.dtype)
 
 
 def _changed(work: Work, module: str, weight: torch.Tensor, rows: int) -> torch.Tensor:
@@ -157,7 +149,7 @@ def _changed(work: Work, module: str, weight: torch.Tensor, rows: int) -> torch.
 
 
 def grown(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """The embedding or head with new rows below, each the mean of the old ones: so that its logit is never the largest."""
+    """The embedding or head with new rows below, each the mean of the old ones, whose logit is never the largest."""
     missing = rows - weight.shape[0]
     return weight if missing <= 0 else torch.cat([weight, weight.float().mean(dim=0, keepdim=True).to(weight.dtype).expand(missing, -1)])
 
@@ -182,7 +174,6 @@ def finish(work: Work, out: Path) -> Merged:
         notes.append(f"vocabulary: {rows_before} -> {work.rows} rows, as in training; a new row is the mean of the others")
     if work.untied:
         notes.append(f"{work.untied} is written by itself: the adapter changes embedding or head, which the base shares")
-    notes += carry.config(work.source, out, dtype=work.dtype, rows=work.rows, is_untied=work.untied is not None)
+    carry.config(work.source, out, dtype=work.dtype, rows=work.rows, is_untied=work.untied is not None)
     notes += carry.files(work.source, out)
-    changed = len(work.adapter.layers) + len(work.adapter.replaced)
-    return Merged(len(work.stored) + (work.untied is not None), changed, work.rows, tuple(notes))
+    return Merged(len(work.adapter.layers) + len(work.replaced), tuple(notes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,16 @@ JINJA = "chat_template_{style}.jinja"
 
 
 class Pieces(NamedTuple):
-    """A conversation as fixed text around what is said; the pieces of a template that writes each turn by itself."""
+    """A conversation as fixed text around what is said: pairs of (before, after). `start` begins every conversation, `default` follows
+    where there is no system turn, `asks` stands before the answer that is wanted. system is None where such turns have no place.
+    """
 
     start: str
+    default: str
     system: tuple[str, str] | None
     user: tuple[str, str]
     assistant: tuple[str, str]
+    asks: str
 
 
 def style_of(record: dict[str, Any]) -> str:
@@ -36,50 +40,59 @@ def pieces(tokenizer: Any, style: str) -> Pieces | None:
     if style in ("alpaca", "alpaca_indented"):
         example = Example(format="alpaca", where="serving", columns={}, turns=(Turn("user", "\0", False), Turn("assistant", "", True)))
         before, after = prompt_text(example, style).split("\0")
-        return Pieces("", None, (before, after), ("", tokenizer.eos_token or ""))
+        return Pieces("", "", None, (before, after), ("", tokenizer.eos_token or ""), "")
     if not tokenizer.chat_template or style not in ("", "chat"):
         return None
-    return _of_template(tokenizer)
+    found = _of_template(tokenizer)
+    if found is None or _written(found, LONGER) != _rendered(tokenizer, LONGER):
+        return None
+    return found
+
+
+MARK = "\1{}\2"  # what no template says itself
+LONGER = tuple((role, MARK.format(n)) for n, role in enumerate(("user", "assistant", "user", "assistant", "user")))
+
+
+def _rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], *, asks: bool = True) -> str:
+    """The template's own text; "" where it refuses."""
+    import jinja2
+
+    try:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+    except (jinja2.TemplateError, ValueError):
+        return ""
+
+
+def _written(found: Pieces, turns: Sequence[tuple[str, str]]) -> str:
+    """The text of a conversation from its pieces, as Ollama's template below writes it."""
+    pairs = {"system": found.system or ("", ""), "user": found.user, "assistant": found.assistant}
+    has_system = any(role == "system" for role, _ in turns)
+    return found.start + "".join(("" if has_system else found.default, *(text.join(pairs[role]) for role, text in turns), found.asks))
 
 
 def _of_template(tokenizer: Any) -> Pieces | None:
-    """Found by marks in place of what is said, and checked on a longer conversation."""
-    import jinja2
-
-    def rendered(*turns: tuple[str, str], asks: bool = False) -> str:
-        messages = [{"role": role, "content": text} for role, text in turns]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
-
-    try:
-        alone = rendered(("user", "\1U\2"))
-        asked = rendered(("user", "\1U\2"), asks=True)
-        answered = rendered(("user", "\1U\2"), ("assistant", "\1A\2"))
-        twice = rendered(("user", "\1U\2"), ("assistant", "\1A\2"), ("user", "\1V\2"), asks=True)
-    except (jinja2.TemplateError, ValueError):
+    """The pieces between marks set in place of what is said."""
+    user, answer, system, next_user = (MARK.format(name) for name in "UASV")
+    alone = _rendered(tokenizer, [("user", user)], asks=False)
+    asked = _rendered(tokenizer, [("user", user)])
+    answered = _rendered(tokenizer, [("user", user), ("assistant", answer)], asks=False)
+    twice = _rendered(tokenizer, [("user", user), ("assistant", answer), ("user", next_user)], asks=False)
+    if not (user in alone and answer in answered and next_user in twice and asked.startswith(alone) and twice.startswith(answered)):
         return None
-    try:
-        with_system = rendered(("system", "\1S\2"), ("user", "\1U\2"))
-    except (jinja2.TemplateError, ValueError):
-        with_system = ""
-    return _checked(alone, asked, answered, twice, with_system)
-
-
-def _checked(alone: str, asked: str, answered: str, twice: str, with_system: str) -> Pieces | None:
-    if not (asked.startswith(alone) and answered.startswith(asked) and alone.count("\1U\2") == 1 and answered.count("\1A\2") == 1):
-        return None
-    before, after = alone.split("\1U\2")
-    header = asked[len(alone) :]
-    ending = answered[len(asked) :].partition("\1A\2")[2]
-    second = twice.removeprefix(answered).partition("\1V\2")[0]
-    if not before.endswith(second) or twice != f"{answered}{second}\1V\2{after}{header}":
-        return None
-    start = before.removesuffix(second)
-    system = None
-    if with_system.startswith(start) and with_system.endswith(f"{second}\1U\2{after}") and with_system.count("\1S\2") == 1:
-        middle = with_system.removeprefix(start).removesuffix(f"{second}\1U\2{after}")
-        opening, _, closing = middle.partition("\1S\2")
-        system = (opening, closing)
-    return Pieces(start, system, (second, after + header), ("", ending))
+    before, after = alone.split(user, 1)
+    opening = twice[len(answered) :].partition(next_user)[0]
+    lead = before.removesuffix(opening)
+    header, ending = answered.removeprefix(alone).split(answer, 1)
+    start, default, pair = lead, "", None
+    with_system = _rendered(tokenizer, [("system", system), ("user", user)], asks=False)
+    if with_system.count(system) == 1 and with_system.endswith(f"{opening}{user}{after}"):
+        if not with_system.startswith(lead):  # a system text of the template's own, which the user's replaces
+            start = tokenizer.bos_token if tokenizer.bos_token and lead.startswith(tokenizer.bos_token) else ""
+            default = lead.removeprefix(start)
+        first, second = with_system.removeprefix(start).removesuffix(f"{opening}{user}{after}").split(system)
+        pair = (first, second)
+    return Pieces(start, default, pair, (opening, after), (header, ending), asked[len(alone) :])
 
 
 def modelfile(weights: str, found: Pieces, tokenizer: Any, *, adds_bos: bool) -> str:
@@ -87,8 +100,11 @@ def modelfile(weights: str, found: Pieces, tokenizer: Any, *, adds_bos: bool) ->
     start = found.start
     if adds_bos and tokenizer.bos_token and start.startswith(tokenizer.bos_token):
         start = start.removeprefix(tokenizer.bos_token)
-    system = "" if found.system is None else f"{{{{ if .System }}}}{found.system[0]}{{{{ .System }}}}{found.system[1]}{{{{ end }}}}"
-    template = f"{start}{system}{found.user[0]}{{{{ .Prompt }}}}{found.user[1]}{{{{ .Response }}}}{found.assistant[1]}"
+    if found.default:
+        start += f"{{{{ if not .System }}}}{found.default}{{{{ end }}}}"
+    pairs = [("user", found.user), ("assistant", found.assistant), *([("system", found.system)] if found.system else [])]
+    turns = "".join(f'{{{{ if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{ end }}}}' for role, (before, after) in pairs)
+    template = f"{start}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{found.asks}"
     stops = "".join(f'PARAMETER stop "{token}"\n' for token in stop_tokens(tokenizer, found))
     return f'FROM {weights}\nTEMPLATE """{template}"""\n{stops}'
 

@@ -27,7 +27,7 @@ from surefoot.export import formats, judge, source, story  # noqa: E402
 from surefoot.export.judge import Subject  # noqa: E402
 
 SMALL = ROOT / "examples/small_model"
-SHAPES = {"wide": (1024, 2816, 4), "deep": (256, 704, 32), "large": (1024, 2816, 16)}  # hidden size, MLP, layers
+SHAPES = {"wide": (768, 2112, 4), "deep": (256, 704, 24)}  # hidden size, MLP, layers
 WRONG: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
     "magnitude lost": lambda found: {name: tensor for name, tensor in found.items() if "magnitude" not in name},
     "scaled by 1.25": lambda found: {name: tensor * 1.25 if "lora_B" in name else tensor for name, tensor in found.items()},

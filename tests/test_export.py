@@ -180,9 +180,9 @@ def test_serving_when_trained_on_alpaca_then_writes_that_prompt_and_not_the_chat
     tokenizer = AutoTokenizer.from_pretrained(trained("dora"))
     found = serving.pieces(tokenizer, "alpaca")
     assert found is not None
-    tokenizer.chat_template = serving.jinja(found)
+    tokenizer.chat_template = serving.jinja(found, adds_bos=True)
     asked = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True)
-    assert asked == f"{found.user[0]}Why?{found.user[1]}"
+    assert asked == f"<|begin_of_text|>{found.user[0]}Why?{found.user[1]}"
     assert asked.endswith("### Instruction:\nWhy?\n\n### Response:\n")
 
 

@@ -116,12 +116,13 @@ def stop_tokens(tokenizer: Any, found: Pieces | None) -> list[str]:
     return list(dict.fromkeys([*tokens, *([tokenizer.eos_token] if tokenizer.eos_token else [])]))
 
 
-def jinja(found: Pieces) -> str:
-    """A chat template for a style without one of its own, of a single question, which is all that the style has a place for."""
-    return (
-        "{% for message in messages if message['role'] == 'user' and loop.last %}"
-        f"{{{{ {found.user[0]!r} + message['content'] + {found.user[1]!r} }}}}" + "{% endfor %}"
-    )
+def jinja(found: Pieces, *, adds_bos: bool) -> str:
+    """A chat template for a style without one of its own, of a single question, which is all that the style has a place for.
+
+    It writes BOS itself: servers add none to what a chat template wrote.
+    """
+    asked = "(messages | selectattr('role', 'equalto', 'user') | list)[-1]['content']"
+    return f"{{{{ {'bos_token + ' * adds_bos}{found.user[0]!r} + {asked} + {found.user[1]!r} }}}}"
 
 
 def write(
@@ -137,17 +138,17 @@ def write(
     tokenizer = carry.tokenizer(tokenizer_folder or folder)
     style = style_of(record)
     found = pieces(tokenizer, style)
+    adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
     lines = [f"# Serving {out.name}", ""]
     options = ""
     if found and not found.system and style.startswith("alpaca") and gguf is None:
         name = JINJA.format(style=style)
-        (folder / name).write_text(jinja(found), encoding="utf-8")
+        (folder / name).write_text(jinja(found, adds_bos=adds_bos), encoding="utf-8")
         options = f" --chat-template {out / name}"
         lines += [f"Trained on prompts in the {style} style, not through the tokenizer's own chat template: {name} writes them.", ""]
     if gguf is None:
         lines += ["vLLM:", "```", f"vllm serve {out}{options}", "```", ""]
     if found:
-        adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         weights = f"./{gguf}" if gguf else "."
         (folder / "Modelfile").write_text(modelfile(weights, found, tokenizer, adds_bos=adds_bos), encoding="utf-8")
         lines += ["Ollama:", "```", f"ollama create {out.name.lower()} -f {out / 'Modelfile'}", f"ollama run {out.name.lower()}", "```", ""]

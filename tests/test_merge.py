@@ -291,7 +291,7 @@ def test_script_when_run_then_merges_judges_and_verifies_again(trained: Trained,
         (["--dtype=int4", "--adapter=x"], "--dtype=int4 must be fp16, bf16 or fp32"),
         (["--shard_gib=-1"], "needs a number above 0"),
         (["--dtype=bf16"], "give --adapter"),
-        ([f"--verify={SMALL_MODEL}"], "is no merged folder of this program"),
+        ([f"--verify={SMALL_MODEL}"], "is no folder that this script merged"),
     ],
 )
 def test_script_when_a_flag_is_wrong_then_says_so_in_one_line(

@@ -81,8 +81,8 @@ def verify(model: str, prompt_file: str, say: Say) -> None:
     """
     folder = Path(model)
     meta = source.read_json(folder / records.META)
-    if "adapter" not in meta:
-        raise UsageError(f"--verify={model} is no merged folder of this program ({records.META} names no adapter)")
+    if "adapter" not in meta or meta.get("format") not in merge.DTYPES:
+        raise UsageError(f"--verify={model} is no folder that this script merged (by its {records.META}): other exports are judged once")
     runtime.quiet()
     found = from_meta(meta)
     verdict = judge.of_adapter(found, Subject(folder, meta["format"], trusts_remote_code=found.trusts_remote_code), prompt_file)

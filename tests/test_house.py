@@ -60,7 +60,7 @@ ROOMS = ["surefoot.attention", "surefoot.backends", "surefoot.data", "surefoot.e
 def level(module: str) -> int:
     if module.startswith(("surefoot.rules", "surefoot.report")):
         return 2
-    if module.startswith(("surefoot.diagnosis", "surefoot.doctor", "surefoot.launch.")):
+    if module.startswith(("surefoot.diagnosis", "surefoot.doctor", "surefoot.export", "surefoot.launch.")):
         return 4
     if any(module == room or module.startswith(f"{room}.") for room in ROOMS):
         return 3

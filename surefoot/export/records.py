@@ -1,0 +1,63 @@
+"""surefoot_meta.json: which run, base and adapter an export was made of, by which versions, and its parity in a word."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from surefoot import artifacts
+from surefoot.export import carry
+from surefoot.export.judge import Verdict
+from surefoot.export.source import Source
+
+META = "surefoot_meta.json"
+PARITY = "parity.json"
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "bitsandbytes", "gguf")
+
+
+def of_source(source: Source) -> dict[str, Any]:
+    """The adapter, its run and its base."""
+    plan = source.record.get("plan", {})
+    return {
+        "adapter": {
+            "path": str(source.adapter.resolve()),
+            "sha256": sha256(source.adapter / "adapter_model.safetensors"),
+            "method": source.method,
+            **{name: source.config.get(name) for name in ("r", "lora_alpha", "use_rslora", "init_lora_weights")},
+        },
+        "base": {"name": source.base_name, "path": str(source.base.resolve()), "seen": source.seen, "merged_onto": source.onto},
+        "run": {
+            "started": source.record.get("started"),
+            "status": source.record.get("status"),
+            "code": source.record.get("code"),
+            "data_path": plan.get("data", {}).get("data_path"),
+            "data_fingerprint": source.record.get("data", {}).get("fingerprint"),
+            "steps": source.record.get("summary", {}).get("steps"),
+        },
+    }
+
+
+def write(folder: Path, verdict: Verdict | None, **facts: Any) -> None:
+    """Writes surefoot_meta.json, and parity.json when there is a verdict."""
+    if verdict is not None:
+        carry.write_json(folder / PARITY, verdict.record)
+    parity = "not checked (--parity=False)" if verdict is None else verdict.record["verdict"]
+    carry.write_json(folder / META, {"made_by": artifacts.code_state(), "versions": _versions(), **facts, "parity": parity})
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str | None]:
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

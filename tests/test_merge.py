@@ -1,0 +1,306 @@
+"""The merge: the same model as the adapter on the base it saw, for every kind of adapter that is merged; a reason for the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from surefoot.errors import NumericsError, UsageError
+from surefoot.export import place, source, story
+from tests.conftest import ROOT, SMALL_MODEL
+from tests.export_runs import METHODS, distance, job, logits, reference, saved, trained, untrained_adapter
+
+__all__ = ["trained"]
+Trained = Callable[[str], Path]
+
+
+def merge(adapter: Path, out: Path, dtype: str = "fp32", onto: str = "seen", **changes: Any) -> list[str]:
+    """Merges and returns what was said."""
+    said: list[str] = []
+    story.merge_adapter(source.read(str(adapter), onto=onto), job(out, dtype, **changes), said.append)
+    return said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_model_when_reloaded_then_equals_the_adapter_on_the_base_it_saw(trained: Trained, tmp_path: Path, method: str) -> None:
+    run = trained(method)
+    merge(run, tmp_path / "out")
+    expected = logits(reference(run, is_4bit=method == "qdora"))
+    assert distance(expected, logits(tmp_path / "out")) < 1e-5
+    assert distance(expected, logits(SMALL_MODEL)) > 1e-2  # the adapter changed something
+
+
+def test_qdora_when_merged_onto_the_16bit_base_then_is_another_model_and_says_so(trained: Trained, tmp_path: Path) -> None:
+    run = trained("qdora")
+    said = merge(run, tmp_path / "out", onto="16bit")
+    assert any("into the unquantized base as asked" in line for line in said)
+    assert distance(logits(reference(run)), logits(tmp_path / "out")) < 1e-5
+    assert distance(logits(reference(run, is_4bit=True)), logits(tmp_path / "out")) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "use_dora": True,
+            "rank_pattern": {"v_proj": 2},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+        },
+        {"target_modules": ["up_proj"], "init_lora_weights": "pissa"},
+        {"target_modules": ["up_proj"], "init_lora_weights": "olora"},
+        {"target_modules": ["embed_tokens", "o_proj"]},
+        {"target_modules": ["lm_head", "o_proj"], "use_dora": True},
+        {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["rslora", "patterns", "pissa", "olora", "embedding", "head", "saved_head"],
+)
+def test_adapters_of_other_programs_when_merged_then_equal_peft(tmp_path: Path, settings: dict[str, Any]) -> None:
+    adapter = untrained_adapter(tmp_path / "adapter", **settings)
+    said = merge(adapter, tmp_path / "out")
+    expected = logits(reference(adapter))
+    assert distance(expected, logits(tmp_path / "out")) < 1e-4
+    assert distance(expected, logits(SMALL_MODEL)) > 1e-3
+    is_untied = bool({"embed_tokens", "lm_head"} & {*settings["target_modules"], *settings.get("modules_to_save", ())})
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is not is_untied
+    assert any("no backend.json" in line for line in said)
+
+
+def test_shards_when_many_then_hold_the_same_tensors_as_one(trained: Trained, tmp_path: Path) -> None:
+    merge(trained("dora"), tmp_path / "one", "bf16")
+    merge(trained("dora"), tmp_path / "many", "bf16", shard_bytes=1 << 20)
+    one, many = saved(tmp_path / "one"), saved(tmp_path / "many")
+    files = list((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 4
+    assert all(file.stat().st_size < (1 << 20) + 4096 or len(load_file(file)) == 1 for file in files)
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    again = untrained_adapter(tmp_path / "adapter", tmp_path / "many", target_modules=["q_proj"])
+    merge(again, tmp_path / "from_shards")
+    assert distance(logits(reference(again, tmp_path / "many")), logits(tmp_path / "from_shards")) < 1e-5
+
+
+def test_vocabulary_when_pad_was_added_then_grows_and_no_new_row_wins(tmp_path: Path) -> None:
+    adapter = untrained_adapter(tmp_path / "adapter", target_modules=["q_proj"])
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.add_special_tokens({"pad_token": "<|new_pad|>"})
+    tokenizer.save_pretrained(adapter)
+    said = merge(adapter, tmp_path / "out")
+    found = logits(tmp_path / "out")
+    assert any("vocabulary: 4096 -> 4160 rows" in line for line in said)
+    assert found.shape[-1] == 4160 == json.loads((tmp_path / "out/config.json").read_text())["vocab_size"]
+    assert distance(logits(reference(adapter)), found[..., :4096]) < 1e-5
+    assert int(found.argmax(-1).max()) < 4096
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id == 4096
+
+
+def test_everything_beside_the_weights_when_merged_then_is_carried_over(trained: Trained, tmp_path: Path) -> None:
+    run = trained("dora")
+    merge(run, tmp_path / "out", "fp16")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (run / name).read_bytes()
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert generation["eos_token_id"] == 4081
+    assert {tensor.dtype for tensor in saved(tmp_path / "out").values()} == {torch.float16}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float16"
+    meta = json.loads((tmp_path / "out/surefoot_meta.json").read_text())
+    assert meta["adapter"]["method"] == "DoRA"
+    assert meta["base"]["merged_onto"] == "none"
+    assert meta["run"]["data_fingerprint"] == json.loads((run / "run.json").read_text())["data"]["fingerprint"]
+    assert meta["parity"].startswith("not checked")
+
+
+def test_memory_when_a_model_of_several_shards_is_merged_then_stays_at_a_shard_and_the_adapter(tmp_path: Path) -> None:
+    config = json.loads((SMALL_MODEL / "config.json").read_text())
+    config |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 8, "num_key_value_heads": 8,
+               "head_dim": 64}  # fmt: skip
+    base = tmp_path / "base"
+    shutil.copytree(SMALL_MODEL, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    (base / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        from transformers import AutoConfig
+
+        names = {name: part.shape for name, part in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).named_parameters()}
+    names.pop("lm_head.weight", None)
+    save_file({name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in names.items()}, base / "model.safetensors")
+    size_mib = (base / "model.safetensors").stat().st_size / 2**20
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    layers = [name.removesuffix(".weight") for name, shape in names.items() if "_proj" in name]
+    tensors = {f"base_model.model.{name}.lora_A.weight": torch.full((4, names[f"{name}.weight"][1]), 0.01) for name in layers}
+    tensors |= {f"base_model.model.{name}.lora_B.weight": torch.full((names[f"{name}.weight"][0], 4), 0.01) for name in layers}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "base_model_name_or_path": str(base)})
+    )
+    adapter_mib = (adapter / "adapter_model.safetensors").stat().st_size / 2**20
+    code = """
+import sys, threading, time
+from pathlib import Path
+from surefoot.export import merge, source
+work = merge.prepare(source.read(sys.argv[1]), "bf16")
+first = next(iter(work.adapter.layers))
+merge.made(work, next(output for output in merge.outputs(work) if output.name == first + ".weight"))  # torch's own set-up
+out = Path(sys.argv[2]); out.mkdir()
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+status = lambda name: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) / 1024
+before = status("VmRSS")
+assert sum(1 for _ in merge.write(work, out, shard_bytes=16 << 20)) == len(work.stored)
+print(status("VmHWM") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(adapter), str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown_mib = float(done.stdout)
+    assert size_mib > 300
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 15
+    matrix_mib = 4 * 512 * 2048 * 4 / 2**20  # four fp32 copies of the largest matrix
+    assert grown_mib < 16 + adapter_mib + matrix_mib + 10, f"{grown_mib:.0f} MiB for a model of {size_mib:.0f} MiB"
+
+
+def changed(folder: Path, file: str, **values: Any) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | values))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "said"),
+    [
+        ("backend.json", {"backend": "unsloth"}, "backend unsloth loads the base in its own way"),
+        ("backend.json", {"quantization": "gptq"}, "quantization gptq is not known"),
+        (
+            "backend.json",
+            {"adapter": {"method": "lora", "r": 16, "alpha": 8.0, "rslora": False}},
+            "are of two runs (method lora there, dora here; r 16",
+        ),
+        ("adapter_config.json", {"peft_type": "LOHA"}, "only LoRA and DoRA"),
+        ("adapter_config.json", {"init_lora_weights": "loftq"}, "init_lora_weights=loftq changed the base weights"),
+        ("adapter_config.json", {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 changed"),
+        ("adapter_config.json", {"lora_bias": True}, "lora_bias=True is not merged"),
+        ("adapter_config.json", {"trainable_token_indices": [1]}, "trainable_token_indices=[1] is not merged"),
+    ],
+)
+def test_run_when_its_records_speak_against_the_merge_then_is_refused(
+    trained: Trained, tmp_path: Path, file: str, values: dict[str, Any], said: str
+) -> None:
+    run = shutil.copytree(trained("dora"), tmp_path / "run")
+    changed(run, file, **values)
+    with pytest.raises(UsageError) as refused:
+        source.read(str(run))
+    assert said in str(refused.value)
+
+
+def test_base_when_another_than_the_run_named_then_is_refused(trained: Trained, tmp_path: Path) -> None:
+    other = shutil.copytree(SMALL_MODEL, tmp_path / "other")
+    with pytest.raises(UsageError, match=r"which is here\. Drop --base_model"):
+        source.read(str(trained("dora")), str(other))
+    run = shutil.copytree(trained("dora"), tmp_path / "run")
+    changed(run, "backend.json", base_model="/gone/model")
+    assert any("the records name /gone/model" in note for note in source.read(str(run), str(other)).notes)
+    changed(other, "config.json", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UsageError, match=r"itself stored quantized \(gptq\)"):
+        source.read(str(run), str(other))
+
+
+def test_base_when_of_another_shape_then_the_layer_is_named(tmp_path: Path) -> None:
+    adapter = untrained_adapter(tmp_path / "adapter", target_modules=["gate_proj"])
+    wrong = shutil.copytree(SMALL_MODEL, tmp_path / "wrong")
+    tensors = load_file(wrong / "model.safetensors")
+    save_file(
+        {name: tensor[:, :100].contiguous() if "gate_proj" in name else tensor for name, tensor in tensors.items()},
+        wrong / "model.safetensors",
+    )
+    changed(adapter, "adapter_config.json", base_model_name_or_path=str(wrong))
+    with pytest.raises(UsageError, match=r"gate_proj.lora_A.weight: shape \(4, 256\) in the file, \(4, 100\) for this base"):
+        merge(adapter, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_adapter_when_not_finite_or_too_large_for_fp16_then_is_refused(tmp_path: Path) -> None:
+    adapter = untrained_adapter(tmp_path / "adapter", target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file(tensors | {name: tensors[name] * 1e7}, adapter / "adapter_model.safetensors")
+    with pytest.raises(NumericsError, match="beyond fp16's 65504: use --dtype=bf16"):
+        merge(adapter, tmp_path / "out", "fp16")
+    save_file(tensors | {name: tensors[name] * float("nan")}, adapter / "adapter_model.safetensors")
+    with pytest.raises(NumericsError, match=r"is not finite\. The training broke"):
+        merge(adapter, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_output_when_in_use_then_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    foreign, ours = tmp_path / "foreign", tmp_path / "ours"
+    for folder, name in ((foreign, "notes.txt"), (ours, "surefoot_meta.json")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    with pytest.raises(UsageError, match="exists: give --overwrite"):
+        place.check(ours, overwrites=False)
+    with pytest.raises(UsageError, match="nothing that this program exported"):
+        place.check(foreign, overwrites=True)
+    place.check(ours, overwrites=True)
+    with pytest.raises(FileNotFoundError), place.staged(ours) as folder:
+        (folder / "half" / "gone").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "ours"]
+    assert (ours / "surefoot_meta.json").is_file()
+    with place.staged(ours) as folder:
+        (folder / "new").touch()
+    assert [file.name for file in ours.iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "ours"]
+
+
+def script(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts/merge.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ}, timeout=200, cwd=ROOT)
+
+
+def test_script_when_run_then_merges_judges_and_verifies_again(trained: Trained, tmp_path: Path) -> None:
+    run = shutil.copytree(trained("dora"), tmp_path / "run")
+    done = script("--adapter", run, "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert "parity holds" in done.stdout
+    out = run / "merged-bf16"
+    record = json.loads((out / "parity.json").read_text())
+    assert record["verdict"] == "holds"
+    assert record["tokenizer_differences"] == []
+    tensors = load_file(out / "model.safetensors")
+    name = next(name for name in tensors if "down_proj" in name)
+    save_file(tensors | {name: tensors[name] * 1.5}, out / "model.safetensors", metadata={"format": "pt"})
+    spoilt = script("--verify", out)
+    assert spoilt.returncode == 4
+    assert "is not what was trained" in spoilt.stderr.splitlines()[-1]
+    assert json.loads((out / "parity.json").read_text())["verdict"] == "beyond the band"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--adaptr=x"], "--adaptr=x is not a flag: did you mean --adapter?"),
+        (["x"], "stray word 'x'"),
+        (["--adapter=/gone"], "--adapter=/gone does not exist"),
+        ([f"--adapter={SMALL_MODEL}"], "is a whole model, there is nothing to merge"),
+        (["--dtype=int4", "--adapter=x"], "--dtype=int4 must be fp16, bf16 or fp32"),
+        (["--shard_gib=-1"], "needs a number above 0"),
+        (["--dtype=bf16"], "give --adapter"),
+        ([f"--verify={SMALL_MODEL}"], "is no folder that this script merged"),
+    ],
+)
+def test_script_when_a_flag_is_wrong_then_says_so_in_one_line(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts import merge as script_file
+
+    monkeypatch.setattr(sys, "argv", ["merge.py", *words])
+    assert script_file.main() == 2
+    assert said in capsys.readouterr().err

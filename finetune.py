@@ -33,11 +33,12 @@ def main() -> int:
 
         fire.Fire(lambda **flags: train(**flags), command=cli.tidy(argv), serialize=lambda _: None)
     except SurefootError as error:
-        signals.ignore()  # the launcher's SIGTERM to whoever is not gone yet must not change the exit code
         print(f"finetune.py: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signals.ignore()  # the launcher's SIGTERM to the processes that are not gone yet must not change their exit code
+    sys.exit(code)

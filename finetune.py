@@ -41,4 +41,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signals.ignore()  # the launcher's SIGTERM to the processes that are not gone yet must not change their exit code
+    sys.exit(code)

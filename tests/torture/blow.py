@@ -26,13 +26,16 @@ class Blow(NamedTuple):
 def run(argv: list[str], rank: int, blow: Blow | None, trace: Path) -> int:
     """Exit code of finetune.py with these words, in this (forked) process."""
     import finetune
+    from surefoot import signals
     from surefoot.training.loop import SurefootTrainer
 
     _trace_rows(SurefootTrainer, trace)
     if blow is not None and rank in blow.ranks:
         _arm(blow)
     sys.argv = ["finetune.py", *argv]
-    return finetune.main()
+    code = finetune.main()
+    signals.ignore()  # as finetune.py does
+    return code
 
 
 def _trace_rows(trainer: Any, path: Path) -> None:

@@ -35,12 +35,10 @@ def main() -> int:
     except UnslothRefusedError as refused:
         runtime.start_again(refused.reason)
     except SurefootError as error:
-        signals.ignore()  # the launcher's SIGTERM to whoever is not gone yet must not change the exit code
         return last_words.say(error)
+    signals.ignore()
     return 0
 
 
 if __name__ == "__main__":
-    code = main()
-    signals.ignore()  # the launcher's SIGTERM to the processes that are not gone yet must not change their exit code
-    sys.exit(code)
+    sys.exit(main())

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from surefoot import signals
 from surefoot.errors import SurefootError
 
 PATIENCE_S = 3.0  # for the others to fail alike, before the launcher ends them
@@ -14,6 +15,7 @@ PATIENCE_S = 3.0  # for the others to fail alike, before the launcher ends them
 
 def say(error: SurefootError) -> int:
     """Prints `error` where no other process of this host has printed its own, and returns the exit code that all of them end with."""
+    signals.ignore()  # the launcher's SIGTERM to whoever is not gone yet must not change the exit code
     folder = _shared_folder()
     if folder is None:
         print(f"finetune.py: {error}", file=sys.stderr)

@@ -72,6 +72,6 @@ def _kind(kind: Any, choices: tuple[Any, ...], low: float | None) -> dict[str, A
         return {"anyOf": [{"type": "array", "items": word}, {"type": "string"}]}
     if kind is str and choices and not any("_N" in str(choice) for choice in choices):
         return {"enum": list(choices)}
-    if kind in (int, float) and choices:
+    if kind in (int, float) and choices and not any(isinstance(choice, str) for choice in choices):
         return {"enum": list(choices)}
     return {"type": TYPES[kind]} | ({"minimum": low} if kind in (int, float) and low is not None else {})

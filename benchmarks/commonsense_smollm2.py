@@ -59,7 +59,8 @@ class Run(NamedTuple):
 
 
 def bench(
-    model: str, data: str, out: str, *, work: str = "/tmp/surefoot-commonsense", seeds: str = "1,2,3", methods: str = "lora,dora", at_once: int = 3, stage: int = 2,
+    model: str, data: str, out: str, *, work: str = "/tmp/surefoot-commonsense", seeds: str = "1,2,3", methods: str = "lora,dora",
+    at_once: int = 3, stage: int = 2,
     time_limit_s: float = 1e9, rows: int = 0, test_rows: int = 0, batch_size: int = 512, flags: str = "",
 ) -> None:  # fmt: skip
     """Does what --out lacks.

@@ -101,8 +101,10 @@ def measured(systems: dict[str, Any], batch: int, tokens: int, rounds: int, prom
     ratios = {}
     for top, below in RATIOS:
         values = [one / other for one, other in zip(seconds[top], seconds[below], strict=True)]
-        ratios[f"{top}/{below}"] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
-    rates = {name: batch * tokens / statistics.median(values) for name, values in seconds.items()}
+        ratios[f"{top}/{below}"] = {
+            name: round(pick(values), 3) for name, pick in (("median", statistics.median), ("low", min), ("high", max))
+        }
+    rates = {name: round(batch * tokens / statistics.median(values), 2) for name, values in seconds.items()}
     return {"batch": batch, "tokens_per_s": rates, "time_ratios": ratios}
 
 

@@ -59,7 +59,8 @@ class Run(NamedTuple):
 
 
 def bench(
-    model: str, data: str, out: str, *, work: str = "/tmp/surefoot-commonsense", seeds: str = "1,2,3", at_once: int = 3, stage: int = 2,
+    model: str, data: str, out: str, *, work: str = "/tmp/surefoot-commonsense", seeds: str = "1,2,3", methods: str = "lora,dora",
+    at_once: int = 3, stage: int = 2,
     time_limit_s: float = 1e9, rows: int = 0, test_rows: int = 0, batch_size: int = 512, flags: str = "",
 ) -> None:  # fmt: skip
     """Does what --out lacks.
@@ -79,8 +80,7 @@ def bench(
         batch_size=batch_size,
         deadline=time.monotonic() + time_limit_s,
     )
-    numbers = [int(seed) for seed in (seeds if isinstance(seeds, tuple) else str(seeds).split(","))]
-    wanted = [Run(path, method, seed) for seed, path, method in itertools.product(numbers, PATHS, METHODS)]
+    wanted = [Run(path, method, int(seed)) for seed, path, method in itertools.product(_words(seeds), PATHS, _words(methods))]
     result = json.loads(Path(out).read_text()) if Path(out).is_file() else {"untrained": {}, "runs": {}}
     missing = [run for run in wanted if run.name not in result["runs"]]
     with ThreadPoolExecutor(at_once) as pool:
@@ -102,6 +102,11 @@ def bench(
     print(f"{left} of {len(wanted)} runs are missing: the same command goes on from here" if left else "nothing is missing")
     if failed:
         sys.exit("\n".join(failed))
+
+
+def _words(text: Any) -> list[str]:
+    """Fire makes a tuple of words with commas between them."""
+    return [str(word) for word in (text if isinstance(text, tuple) else str(text).split(","))]
 
 
 def shortened(source: Path, target: Path, count: int) -> Path:

@@ -41,18 +41,19 @@ def bench(
     sizes = [int(size) for size in (batches if isinstance(batches, tuple) else str(batches).split(","))]
     systems = {name: made(model, name, dtype, r) for name in ("base", "lora_peft", "lora_served", "dora_peft", "dora_served")}
     gaps = {kind: logit_gap(systems[f"{kind}_peft"], systems[f"{kind}_served"]) for kind in ("lora", "dora")}
-    results = [measured(systems, size, tokens, rounds, prompt) for size in sizes]
     here = machine.probe()
-    content = {
+    content: dict[str, Any] = {
         "setting": {"model": Path(model).name, "dtype": dtype, "r": r, "tokens": tokens, "rounds": rounds, "prompt": prompt},
         "machine": {"gpu": here.gpu.name if here.gpu else None, "cpu": here.cpu_name, "threads": torch.get_num_threads()},
         "versions": {name: here.versions.get(name) for name in ("torch", "transformers", "peft")},
         "greatest_logit_gap_of_served_to_peft": gaps,
-        "batches": results,
+        "batches": [],
     }
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(content, indent=1) + "\n")
-    for row in results:
+    for size in sizes:
+        row = measured(systems, size, tokens, rounds, prompt)
+        content["batches"].append(row)
+        Path(out).write_text(json.dumps(content, indent=1) + "\n")
         rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in row["tokens_per_s"].items())
         print(f"batch {row['batch']}: tokens/s {rates}")
         print("  time of " + ", ".join(f"{name} {ratio['median']:.2f}x" for name, ratio in row["time_ratios"].items()))
@@ -100,8 +101,10 @@ def measured(systems: dict[str, Any], batch: int, tokens: int, rounds: int, prom
     ratios = {}
     for top, below in RATIOS:
         values = [one / other for one, other in zip(seconds[top], seconds[below], strict=True)]
-        ratios[f"{top}/{below}"] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
-    rates = {name: batch * tokens / statistics.median(values) for name, values in seconds.items()}
+        ratios[f"{top}/{below}"] = {
+            name: round(pick(values), 3) for name, pick in (("median", statistics.median), ("low", min), ("high", max))
+        }
+    rates = {name: round(batch * tokens / statistics.median(values), 2) for name, values in seconds.items()}
     return {"batch": batch, "tokens_per_s": rates, "time_ratios": ratios}
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not scripts/: lm-eval imports a package called evaluate, which must not be this file
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not scripts/: lm-eval imports a package called evaluate, which must not be this file
 
 from surefoot import script  # noqa: E402
 from surefoot.errors import UsageError  # noqa: E402

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
-import os
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from finetune import train
+from surefoot import script
 from surefoot.errors import UsageError
 from surefoot.plan import DataPlan
 from tests.conftest import HELDOUT_ROWS, ROOT, SMALL_MODEL, TRAIN_ROWS
@@ -27,9 +32,28 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(**quick(data_path=rows, output_dir=folder / "out"))
 
 
-def start(script: str, *words: object, cwd: Path, asked: str = "", timeout_s: int = 200) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, input=asked, capture_output=True, text=True, timeout=timeout_s, env=dict(os.environ))
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def start(name: str, *words: object, cwd: Path) -> Done:
+    """A script in a process of its own."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def call(name: str, *words: object, cwd: Path, asked: str = "") -> Done:
+    """The same in this process, which has torch loaded already."""
+    module = importlib.import_module(f"scripts.{name.removesuffix('.py')}")
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [name, *map(str, words)])
+        patch.setattr(sys, "stdin", io.StringIO(asked))
+        code = script.main(module.Flags, module.USAGE, module.run)
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 def heldout(task: str, count: int) -> list[dict[str, str]]:
@@ -89,7 +113,7 @@ def test_evaluate_when_rows_are_free_text_then_gives_text_metrics_and_compares(r
     plain = [{"instruction": row["instruction"], "output": row["output"]} for row in heldout("openbookqa", 4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     words = ["--data_path=rows.jsonl", "--max_new_tokens=8", "--out=text.json", f"--lora_weights={run_folder}"]
-    done = start("evaluate.py", *words, cwd=tmp_path)
+    done = call("evaluate.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "text.json").read_text())["sets"]["rows.jsonl"]["scores"]["trained"]
     assert list(scores) == ["exact_match", "rougeL", "sari", "perplexity"]
@@ -99,11 +123,11 @@ def test_evaluate_when_rows_are_free_text_then_gives_text_metrics_and_compares(r
             task: {"rows": 4, "scores": {"trained": {"accuracy": {"value": value, "low": 0.0, "high": 1.0}}}} for task, value in TWO[name]
         }
         (tmp_path / f"{name}.json").write_text(json.dumps({"label": name, "sets": sets}))
-    table = start("evaluate.py", "--compare", "one.json", "two.json", "text.json", cwd=tmp_path).stdout
+    table = call("evaluate.py", "--compare", "one.json", "two.json", "text.json", cwd=tmp_path).stdout
     assert table.splitlines()[0].split() == ["set", "metric", "one", "two", str(run_folder)]
     assert "boolq" in table
     assert "rows.jsonl" in table
-    means = start("evaluate.py", "--compare", "one.json", "two.json", cwd=tmp_path).stdout.splitlines()[-1]
+    means = call("evaluate.py", "--compare", "one.json", "two.json", cwd=tmp_path).stdout.splitlines()[-1]
     assert means.split()[-2:] == ["35.0%", "55.0%"]
 
 
@@ -113,7 +137,7 @@ TWO = {"one": (("boolq", 0.5), ("piqa", 0.2)), "two": (("boolq", 0.6), ("piqa", 
 def test_evaluate_when_scored_by_likelihood_then_every_row_has_one_of_its_answers(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in heldout("social_i_qa", 10)))
     words = ["--scoring=loglikelihood", "--with_base=False", "--metrics=accuracy", "--out=ll.json", "--data_path=rows.jsonl"]
-    done = start("evaluate.py", *words, f"--lora_weights={run_folder}", cwd=tmp_path)
+    done = call("evaluate.py", *words, f"--lora_weights={run_folder}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {row["trained"]["prediction"] for row in lines(tmp_path / "ll.jsonl")} <= {"answer1", "answer2", "answer3"}
     assert json.loads((tmp_path / "ll.json").read_text())["sets"]["social_i_qa"]["scores"]["trained"]["accuracy"]["formed"] == 10
@@ -134,10 +158,10 @@ def test_infer_when_its_output_was_cut_then_goes_on_and_ends_with_the_same_file(
     assert [line["where"] for line in lines(tmp_path / "said.jsonl")] == [f"asked.jsonl:{number}" for number in range(1, 21)]
     kept = whole.split(b"\n")
     (tmp_path / "said.jsonl").write_bytes(b"\n".join(kept[:11]) + b"\n" + kept[11][:20])  # killed while it wrote row 12
-    again = start("infer.py", *words, cwd=tmp_path)
+    again = call("infer.py", *words, cwd=tmp_path)
     assert "11 of 20 rows are already in said.jsonl" in again.stderr
     assert (tmp_path / "said.jsonl").read_bytes() == whole
-    other = start("infer.py", *words, "--seed=7", cwd=tmp_path)
+    other = call("infer.py", *words, "--seed=7", cwd=tmp_path)
     assert other.returncode == 2
     assert "Traceback" not in other.stderr
     assert "was not made by this command (settings differ)" in other.stderr
@@ -145,7 +169,7 @@ def test_infer_when_its_output_was_cut_then_goes_on_and_ends_with_the_same_file(
 
 def test_infer_when_talked_to_then_keeps_the_conversation_of_a_chat_model(tmp_path: Path) -> None:
     typed = "/system Be kind\nHello\nAnd now?\n/history\n/reset\n/history\n/exit\n"
-    done = start("infer.py", f"--base_model={SMALL_MODEL}", "--max_new_tokens=4", cwd=tmp_path, asked=typed)
+    done = call("infer.py", f"--base_model={SMALL_MODEL}", "--max_new_tokens=4", cwd=tmp_path, asked=typed)
     assert done.returncode == 0, done.stderr
     history = done.stdout[done.stdout.index("<|begin_of_text|>") :]
     places = [history.index(text) for text in ("Be kind", "Hello", "<|start_header_id|>assistant", "And now?")]
@@ -154,17 +178,17 @@ def test_infer_when_talked_to_then_keeps_the_conversation_of_a_chat_model(tmp_pa
 
 
 def test_infer_when_the_run_learned_single_questions_then_asks_each_alone_and_weights_agree(run_folder: Path, tmp_path: Path) -> None:
-    talked = start("infer.py", f"--lora_weights={run_folder}", "--max_new_tokens=4", cwd=tmp_path, asked="One\nTwo\n/history\n")
+    talked = call("infer.py", f"--lora_weights={run_folder}", "--max_new_tokens=4", cwd=tmp_path, asked="One\nTwo\n/history\n")
     assert "each question is asked alone" in talked.stderr
     history = talked.stdout[talked.stdout.index("Below is an instruction") :]
     assert "### Instruction:\nTwo\n" in history
     assert "One" not in history
     answers = [
-        start(
+        call(
             "infer.py",
             f"--lora_weights={run_folder}",
             f"--weights={weights}",
-            "--prompt=What is a dog?",
+            f"--prompt={heldout('social_i_qa', 1)[0]['instruction']}",
             "--max_new_tokens=6",
             cwd=tmp_path,
         )
@@ -202,36 +226,24 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "expected"), [(name, words, text) for name, cases in WRONG.items() for words, text in cases.items()]
+    ("name", "words", "expected"), [(name, words, text) for name, cases in WRONG.items() for words, text in cases.items()]
 )
-def test_scripts_when_flags_are_wrong_then_end_with_2_and_say_which(
-    script: str, words: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import importlib
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, *words.split()])
-    module = importlib.import_module(f"scripts.{script.removesuffix('.py')}")
-    from surefoot import script as shared
-
-    code = shared.main(module.Flags, module.USAGE, module.run)
-    said = capsys.readouterr().err
-    assert code == 2
-    assert said.startswith(f"{script}: ")
-    assert expected in said
+def test_scripts_when_flags_are_wrong_then_end_with_2_and_say_which(name: str, words: str, expected: str, tmp_path: Path) -> None:
+    done = call(name, *words.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{name}: ")
+    assert expected in done.stderr
 
 
-@pytest.mark.parametrize("script", ["evaluate.py", "infer.py"])
-def test_scripts_when_asked_for_help_then_list_their_flags(script: str, tmp_path: Path) -> None:
-    done = start(script, "--help", cwd=tmp_path, timeout_s=30)
+@pytest.mark.parametrize("name", ["evaluate.py", "infer.py"])
+def test_scripts_when_asked_for_help_then_list_their_flags(name: str, tmp_path: Path) -> None:
+    done = start(name, "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "--lora_weights=" in done.stdout
     assert "Exit codes" in done.stdout
 
 
 def test_find_when_the_adapters_base_is_gone_then_asks_for_it(run_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     from surefoot import inference
 
     copy = tmp_path / "copy"

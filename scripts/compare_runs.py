@@ -7,38 +7,41 @@ python scripts/compare_runs.py RUN                # writes RUN/report.html again
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot import command  # noqa: E402
+from surefoot import script  # noqa: E402
 from surefoot.errors import UsageError  # noqa: E402
 from surefoot.report import comparison, page, records  # noqa: E402
+from surefoot.script import flag  # noqa: E402
+
+USAGE = f"{__doc__}\nWhat differs in the runs' plans, their losses, speed, memory and scores."
 
 
-def compare_runs(*folders: str, out: str = "comparison.html") -> None:
-    """Compares the runs in the folders: what differs in their plans, losses, speed, memory and scores.
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    folders: tuple[str, ...] = flag((), "two run folders or more; of one, its report.html is written again", is_bare=True)
+    out: str = flag("comparison.html", "the page")
 
-    Args:
-        folders: two run folders or more; of one, its report.html is written again.
-        out: the page.
-    """
-    if not folders:
+
+def run(flags: Flags) -> None:
+    """Compares the runs in the folders."""
+    if not flags.folders:
         raise UsageError("name two run folders or more")
-    runs = comparison.named_apart([records.read(Path(folder)) for folder in folders])
+    runs = comparison.named_apart([records.read(Path(folder)) for folder in flags.folders])
     if len(runs) == 1:
         print(f"written: {page.write(runs[0].folder)}")
         return
-    rows = [list(comparison.HEADS), *comparison.outcomes(runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    print("\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows))
+    print(script.table([comparison.HEADS, *comparison.outcomes(runs)]))
     try:
-        Path(out).write_text(comparison.page(runs), encoding="utf-8")
+        Path(flags.out).write_text(comparison.page(runs), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from None
-    print(f"written: {out}")
+        raise UsageError(f"--out={flags.out} cannot be written: {error.strerror or error}") from None
+    print(f"written: {flags.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(compare_runs))
+    sys.exit(script.main(Flags, USAGE, run))

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot import command  # noqa: E402
+from surefoot import script  # noqa: E402
 from surefoot.schema import schema  # noqa: E402
+from surefoot.script import flag  # noqa: E402
 
 
-def make_schema(out: str = str(ROOT / "configs/schema.json")) -> None:
-    """Writes the schema.
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    out: str = flag(str(ROOT / "configs/schema.json"), "the file")
 
-    Args:
-        out: the file.
-    """
-    Path(out).write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")
-    print(f"written: {out}")
+
+def run(flags: Flags) -> None:
+    """Writes the schema."""
+    Path(flags.out).write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")
+    print(f"written: {flags.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(make_schema))
+    sys.exit(script.main(Flags, __doc__, run))

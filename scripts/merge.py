@@ -7,61 +7,57 @@ python scripts/merge.py --verify FOLDER
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot.errors import SurefootError, UsageError  # noqa: E402
+from surefoot import script  # noqa: E402
+from surefoot.errors import UsageError  # noqa: E402
+from surefoot.script import flag  # noqa: E402
 
-HELP = f"""\
+USAGE = f"""\
 {__doc__}
-  --adapter=FOLDER    a run folder of finetune.py, one of its checkpoint-N, or a PEFT LoRA or DoRA folder (--adapters is the older name)
-  --config=FILE       or the run file that the run was started with: its output_dir is the adapter
-  --out=FOLDER        where the model goes (ADAPTER/merged-DTYPE); it appears whole or not at all
-  --dtype=bf16        of the merged weights: fp16, bf16 or fp32. The merge itself is computed in fp32
-  --onto=seen         the base to merge into. seen: as the adapter saw it, so a QLoRA base is quantized and dequantized first.
-                      16bit: the unquantized base, which is another model than was trained. nf4, int8: what an adapter of another
-                      program, without backend.json, was trained on
-  --base_model=FOLDER where the base lies on this machine, if not where the run found it
-  --overwrite         replace an earlier export in --out
-  --parity=True       compare adapter and merged model in fp32 on 32 prompts and write parity.json; False: write unchecked
-  --prompts=FILE      other prompts for that, one a line
-  --shard_gib=4       the most that one file of weights holds; memory is one shard, the adapter and a few matrices (not the model)
-  --verify=FOLDER     judge an earlier merge again, against its adapter
-
-Parity loads base and merged model in fp32, one after the other.
+Memory is one shard, the adapter and a few matrices (not the model); parity loads base and merged model in fp32, one after the other.
 Exit codes: 0 done; 2 a flag or folder; 4 not finite, or beyond the parity band (the result is then in OUT.refused); 5 the model or disk."""
 
 
-def merge(
-    adapter: str = "",
-    adapters: str = "",
-    config: str = "",
-    out: str = "",
-    dtype: str = "bf16",
-    onto: str = "seen",
-    base_model: str = "",
-    overwrite: bool = False,
-    parity: bool = True,
-    prompts: str = "",
-    shard_gib: float = 4.0,
-    verify: str = "",
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    adapter: str = flag("", "a run folder of finetune.py, one of its checkpoint-N, or a PEFT LoRA or DoRA folder")
+    adapters: str = flag("", "the older name of --adapter")
+    config: str = flag("", "or the run file that the run was started with: its output_dir is the adapter")
+    out: str = flag("", "where the model goes; default: ADAPTER/merged-DTYPE. It appears whole or not at all")
+    dtype: str = flag("bf16", "of the merged weights; the merge itself is computed in fp32", choices=("fp16", "bf16", "fp32"))
+    onto: str = flag(
+        "seen",
+        "the base to merge into. seen: as the adapter saw it, so a QLoRA base is quantized and dequantized first. 16bit: the "
+        "unquantized base, which is another model than was trained. nf4, int8: what an adapter of another program, without "
+        "backend.json, was trained on",
+    )
+    base_model: str = flag("", "where the base lies on this machine, if not where the run found it")
+    overwrite: bool = flag(False, "replace an earlier export in --out")
+    parity: bool = flag(True, "compare adapter and merged model in fp32 on 32 prompts and write parity.json; False: write unchecked")
+    prompts: str = flag("", "a file of other prompts for that, one a line")
+    shard_gib: float = flag(4.0, "the most that one file of weights holds", low=0.001)
+    verify: str = flag("", "the folder of an earlier merge, to judge it again, against its adapter")
+
+
+def run(flags: Flags) -> None:
     """Merges, or verifies an earlier merge."""
     from surefoot.export import source, story
 
     say = partial(print, flush=True)
-    if verify:
-        story.verify(verify, prompts, say)
+    if flags.verify:
+        story.verify(flags.verify, flags.prompts, say)
         return
-    if dtype not in ("fp16", "bf16", "fp32"):
-        raise UsageError(f"--dtype={dtype} must be fp16, bf16 or fp32")
-    folder = adapter or adapters or _output_dir(config)
-    found = source.read(folder, base_model, onto)
-    where = Path(out or f"{folder.rstrip('/')}/merged-{dtype}")
-    story.merge_adapter(found, story.Job(where, dtype, overwrite, parity, prompts, int(shard_gib * 2**30)), say)
+    folder = flags.adapter or flags.adapters or _output_dir(flags.config)
+    found = source.read(folder, flags.base_model, flags.onto)
+    where = Path(flags.out or f"{folder.rstrip('/')}/merged-{flags.dtype}")
+    job = story.Job(where, flags.dtype, flags.overwrite, flags.parity, flags.prompts, int(flags.shard_gib * 2**30))
+    story.merge_adapter(found, job, say)
 
 
 def _output_dir(config: str) -> str:
@@ -75,22 +71,5 @@ def _output_dir(config: str) -> str:
     return str(folder)
 
 
-def main() -> int:
-    import fire
-
-    from surefoot.export.words import tidy
-
-    argv = sys.argv[1:]
-    if not argv or any(word in ("-h", "--help", "help") for word in argv):
-        print(HELP)
-        return 0
-    try:
-        fire.Fire(merge, command=tidy(merge, argv), serialize=lambda _: None)
-    except SurefootError as error:
-        print(f"merge.py: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main(Flags, USAGE, run))

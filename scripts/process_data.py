@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot import command, run_file  # noqa: E402
+from surefoot import run_file, script  # noqa: E402
 from surefoot.data import stream, structured  # noqa: E402
 from surefoot.data.formats import Dropped  # noqa: E402
 from surefoot.data.loading import SourceRow  # noqa: E402
 from surefoot.data.report import percent  # noqa: E402
 from surefoot.data.three_splits import ThreeSplits  # noqa: E402
 from surefoot.errors import DataError, UsageError  # noqa: E402
+from surefoot.script import flag  # noqa: E402
 
 RATIOS = {"train": 0.7, "val": 0.1, "test": 0.2}
-OVERLONG = ("drop", "truncate_prompt")
 
 
 class Caps(NamedTuple):
@@ -55,59 +55,56 @@ class Counts:
         return lines
 
 
-def process_data(
-    raw_path: str = "data/raw",
-    out: str = "data/processed",
-    config: str = "",
-    system_prompt: str = "",
-    max_chars: int = 4096,
-    overlong: str = "drop",
-    user_field: str = "",
-    assistant_field: str = "",
-    seed: int | None = None,
-) -> None:
-    """Raw json, jsonl, csv, parquet or txt (plain or .gz) to out/train.jsonl, val.jsonl and test.jsonl, and what was done to report.json.
+USAGE = f"""\
+{__doc__}
+Raw json, jsonl, csv, parquet or txt (plain or .gz) go to train.jsonl, val.jsonl and test.jsonl in --out, and what was done to report.json.
+Rows come out as {{system, user, assistant}}, conversations as {{messages}}, plain text as {{text}}. Alpaca's instruction and input are both
+kept. Files are read row by row, so that memory does not grow with them; only .json is read whole. Nothing is lost without being counted."""
 
-    Rows come out as {system, user, assistant}, conversations as {messages}, plain text as {text}. Alpaca's instruction and input are both
-    kept. Files are read row by row, so that memory does not grow with them; only .json is read whole.
 
-    Args:
-        raw_path: a file, several with commas between them, or a folder, whose files are all read.
-        out: the folder of the three splits; made when needed.
-        config: a run file (YAML), of which seed and data.split.train_ratio, val_ratio and test_ratio are read; else 0.7, 0.1 and 0.2.
-        system_prompt: for rows that have none.
-        max_chars: the longest question and answer, in characters; 0: any length. Nothing is lost without being counted.
-        overlong: what a longer question does: drop the row, or truncate_prompt (its end is kept). Longer answers are always dropped.
-        user_field: the column of the question, where its name is not a known one.
-        assistant_field: the column of the answer.
-        seed: of the split; else the run file's, else 42. Equal rows fall on the same side.
-    """
-    settings = run_file.dotted(config) if config else {}
-    shares = _shares(settings, config)
-    used_seed = settings.get("seed", 42) if seed is None else seed
-    if max_chars < 0:
-        raise UsageError(f"--max_chars={max_chars} must be at least 0 (0: any length)")
-    if overlong not in OVERLONG:
-        raise UsageError(f"--overlong={overlong} is not one of {', '.join(OVERLONG)}")
-    files = stream.find(raw_path, "raw_path")
-    folder = Path(out)
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    raw_path: str = flag("data/raw", "a file, several with commas between them, or a folder, whose files are all read")
+    out: str = flag("data/processed", "the folder of the three splits; made when needed")
+    config: str = flag("", "a run file (YAML): its seed and data.split.train_ratio, val_ratio, test_ratio; else 0.7, 0.1 and 0.2")
+    system_prompt: str = flag("", "for rows that have none")
+    max_chars: int = flag(4096, "the longest question and answer, in characters; 0: any length", low=0)
+    overlong: str = flag(
+        "drop",
+        "what a longer question does: drop the row, or truncate_prompt (its end is kept). Longer answers are always dropped",
+        choices=("drop", "truncate_prompt"),
+    )
+    user_field: str = flag("", "the column of the question, where its name is not a known one")
+    assistant_field: str = flag("", "the column of the answer")
+    seed: int | None = flag(None, "of the split; default: the run file's, else 42. Equal rows fall on the same side")
+
+
+def run(flags: Flags) -> None:
+    """Reads, splits and writes the rows."""
+    settings = run_file.dotted(flags.config) if flags.config else {}
+    shares = _shares(settings, flags.config)
+    seed = settings.get("seed", 42) if flags.seed is None else flags.seed
+    files = stream.find(flags.raw_path, "raw_path")
+    folder = Path(flags.out)
     if any(path.resolve().parent == folder.resolve() for path in files.paths):
-        raise UsageError(f"--out={out} is the folder of the raw files. Name another one")
-    began, counts, splits = time.perf_counter(), Counts(), ThreeSplits(folder, used_seed)
+        raise UsageError(f"--out={flags.out} is the folder of the raw files. Name another one")
+    began, counts, splits = time.perf_counter(), Counts(), ThreeSplits(folder, seed)
     try:
-        structurer = structured.Structurer(structured.Fields(user_field, assistant_field), system_prompt)
-        for row, columns in _kept(files, structurer, Caps(max_chars, overlong), counts):
+        structurer = structured.Structurer(structured.Fields(flags.user_field, flags.assistant_field), flags.system_prompt)
+        for row, columns in _kept(files, structurer, Caps(flags.max_chars, flags.overlong), counts):
             splits.add(structured.as_line(columns, row.where))
         if not splits.hashes:
-            raise DataError("\n".join([f"--raw_path={raw_path}: no row is left of {counts.read:,}", *counts.lines(max_chars)]))
+            raise DataError("\n".join([f"--raw_path={flags.raw_path}: no row is left of {counts.read:,}", *counts.lines(flags.max_chars)]))
         sizes = splits.close(shares)
     finally:
         splits.discard()
-    record = {"files": [str(path) for path in files.paths], "seed": used_seed, "shares": shares, "max_chars": max_chars, "splits": sizes}
+    record = {"files": [str(path) for path in files.paths], "seed": seed, "shares": shares, "max_chars": flags.max_chars, "splits": sizes}
     (folder / "report.json").write_text(json.dumps(record | vars(counts), indent=2) + "\n", encoding="utf-8")
     print(f"read: {counts.read:,} rows of {len(files.paths)} file{'s' * (len(files.paths) > 1)} in {time.perf_counter() - began:.1f} s")
     print(
-        "\n".join([*counts.lines(max_chars), *(f"written: {folder / name}.jsonl, {rows:,} rows" for name, rows in sizes.items() if rows)])
+        "\n".join(
+            [*counts.lines(flags.max_chars), *(f"written: {folder / name}.jsonl, {rows:,} rows" for name, rows in sizes.items() if rows)]
+        )
     )
 
 
@@ -153,4 +150,4 @@ def _capped(columns: dict[str, Any], caps: Caps, counts: Counts) -> dict[str, An
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(process_data))
+    sys.exit(script.main(Flags, USAGE, run))

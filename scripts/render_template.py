@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot import command, run_file  # noqa: E402
+from surefoot import run_file, script  # noqa: E402
 from surefoot.data import formats, jinja_file, stage  # noqa: E402
 from surefoot.data.formats import Dropped  # noqa: E402
 from surefoot.data.jinja_file import JinjaFile  # noqa: E402
 from surefoot.data.loading import SourceRow  # noqa: E402
 from surefoot.errors import DataError, UsageError  # noqa: E402
+from surefoot.script import flag  # noqa: E402
 
 PROCESSED, STYLED, RENDERED = "processed", "processed_with_style", "rendered"
 CHATML = ROOT / "configs/chatml.jinja"
+USAGE = f"""\
+{__doc__}
+Every row of the splits becomes {{input, target}}: the prompt and the answer, trained on as they stand, with EOS after the answer."""
 
 
-def render_template(in_: str = "", out: str = "", template: str = "", config: str = "", data: str = "data") -> None:
-    """Renders every row of the splits to {input, target}: the prompt and the answer, trained on as they stand, with EOS after the answer.
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    in_: str = flag("", "the folder of the splits; default: processed_with_style in the folder --data where it exists, else processed")
+    out: str = flag("", "the folder of the rendered splits, made when needed; default: rendered in --data")
+    template: str = flag(
+        "", "a Jinja file with the names system, instruction, prompt and messages; default: the run file's, else configs/chatml.jinja"
+    )
+    config: str = flag("", "a run file (YAML), of which data.template_path is read")
+    data: str = flag("data", "the folder of the pipeline's stages")
 
-    Args:
-        in_: (--in) the folder of the splits; else processed_with_style in the folder `data` where it exists, else processed.
-        out: the folder of the rendered splits, made when needed; else rendered in `data`.
-        template: a Jinja file with the names system, instruction, prompt and messages; else the run file's, else configs/chatml.jinja.
-        config: a run file (YAML), of which data.template_path is read.
-        data: the folder of the pipeline's stages.
-    """
-    folder = in_ or _newest_stage(data)
-    path = template or (run_file.dotted(config).get("data.template_path") if config else None) or str(CHATML)
+
+def run(flags: Flags) -> None:
+    """Renders every row of the splits."""
+    folder = flags.in_ or _newest_stage(flags.data)
+    path = flags.template or (run_file.dotted(flags.config).get("data.template_path") if flags.config else None) or str(CHATML)
     renderer = Renderer(jinja_file.load(path, "template"))
-    counts = stage.rewrite(stage.split_files(folder, "in"), Path(out or f"{data}/{RENDERED}"), renderer, "rendering")
+    counts = stage.rewrite(stage.split_files(folder, "in"), Path(flags.out or f"{flags.data}/{RENDERED}"), renderer, "rendering")
     print(f"read: {folder}; template {path}")
     if renderer.earlier_answers:
         print(f"{renderer.earlier_answers:,} earlier answers of conversations are input here, not trained on; {folder} trains on them")
@@ -71,4 +79,4 @@ class Renderer:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(render_template))
+    sys.exit(script.main(Flags, USAGE, run))

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot import command  # noqa: E402
+from surefoot import script  # noqa: E402
 from surefoot.data import stage  # noqa: E402
 from surefoot.data.loading import SourceRow  # noqa: E402
 from surefoot.errors import DataError, UsageError  # noqa: E402
+from surefoot.script import REQUIRED, flag  # noqa: E402
 
-MODES = ("prepend", "replace")
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    style: str = flag(
+        REQUIRED, 'what the answers shall be like, such as "Answer concisely in 2 lines."; also without --style', is_bare=True
+    )
+    in_: str = flag("data/processed", "the folder of train.jsonl, val.jsonl and test.jsonl")
+    out: str = flag("data/processed_with_style", "the folder of the styled splits; made when needed")
+    mode: str = flag("prepend", "prepend the style to the row's own system prompt, or replace it", choices=("prepend", "replace"))
 
 
-def style_prompt(style: str, in_: str = "data/processed", out: str = "data/processed_with_style", mode: str = "prepend") -> None:
-    """Writes `style` into the system prompt of every row of the splits that process_data.py made.
-
-    Args:
-        style: what the answers shall be like, such as "Answer concisely in 2 lines."
-        in_: (--in) the folder of train.jsonl, val.jsonl and test.jsonl.
-        out: the folder of the styled splits; made when needed.
-        mode: prepend the style to the row's own system prompt, or replace it.
-    """
-    if mode not in MODES:
-        raise UsageError(f"--mode={mode} is not one of {', '.join(MODES)}")
-    if not style.strip():
+def run(flags: Flags) -> None:
+    """Styles every row of the splits that process_data.py made."""
+    if not flags.style.strip():
         raise UsageError("--style is empty. Say what the answers shall be like")
-    counts = stage.rewrite(stage.split_files(in_, "in"), Path(out), lambda row: styled(row, style, mode), "styling")
+    counts = stage.rewrite(stage.split_files(flags.in_, "in"), Path(flags.out), lambda row: styled(row, flags.style, flags.mode), "styling")
     print("\n".join(f"written: {path}, {rows:,} rows" for path, rows in counts.items()))
 
 
@@ -55,4 +56,4 @@ def _joined(style: str, own: str, mode: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(style_prompt))
+    sys.exit(script.main(Flags, __doc__, run))

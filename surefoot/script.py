@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
@@ -19,21 +19,28 @@ from surefoot.flag_values import convert, kinds
 
 T = TypeVar("T")
 PATIENCE_S = 10.0
+REQUIRED = dataclasses.MISSING
 
 
-def flag(default: Any, doc: str, *, choices: tuple[Any, ...] = (), low: float | None = None) -> Any:
-    """A field of a script's flags; None stands for "not given"."""
-    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low})
+def flag(default: Any, doc: str, *, choices: tuple[Any, ...] = (), low: float | None = None, is_bare: bool = False) -> Any:
+    """A field of a script's flags; None stands for "not given", REQUIRED must be given. An is_bare flag's words also stand without it.
+
+    Of a name that Python keeps for itself, the field ends in _: `in_` is the flag --in.
+    """
+    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "is_bare": is_bare})
 
 
-def main(kind: type[T], usage: str, run: Callable[[T], object]) -> int:
-    """Reads argv, runs and returns the exit code; a user's mistake is one message and no traceback."""
+def main(kind: type[T], usage: str, run: Callable[[T], None]) -> int:
+    """Reads argv, runs through Fire and returns the exit code; a user's mistake is one message and no traceback."""
+    import fire
+
     argv = sys.argv[1:]
     if any(word in ("-h", "--help", "help") for word in argv):
         print(f"{usage}\n\n{help_text(kind)}")
         return 0
     try:
-        run(parse(kind, argv))
+        line = [f"--{name}={value!r}" for name, value in vars(parse(kind, argv)).items()]  # literals, so that Fire guesses nothing
+        fire.Fire(lambda **given: run(kind(**given)), command=line, serialize=lambda _: None)
     except SurefootError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return error.exit_code
@@ -41,48 +48,67 @@ def main(kind: type[T], usage: str, run: Callable[[T], object]) -> int:
 
 
 def parse(kind: type[T], argv: Sequence[str]) -> T:
-    """The flags in `argv`: --name=value, --name value, bare switches, and lists as --name one two.
+    """The flags in `argv`: --name=value, --name value, bare switches, lists as --name one two, and the words of the bare flag.
 
     Raises:
         UsageError: every wrong word together.
     """
-    flags, words, problems, values = _flags(kind), list(argv), [], {}
-    while words:
-        word = words.pop(0)
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or not name:
-            problems.append(f"stray word {word!r}: flags begin with --")
-            continue
-        given: Any = text if equals else _values(words, flags.get(name))
+    flags, values = _flags(kind), {}
+    given, stray = _split(flags, argv)
+    problems = [f"stray word {word!r}: flags begin with --, and values with spaces need quotes" for word in stray]
+    for name, raw in given.items():
         if name not in flags:
             close = difflib.get_close_matches(name, flags, n=1)
             problems.append(f"--{name} is not a flag. " + (f"Did you mean --{close[0]}?" if close else "See --help"))
-        elif given is None:
+        elif raw is None:
             problems.append(f"--{name} needs a value")
         else:
             try:
-                values[name] = convert(flags[name], given)
+                values[flags[name].name] = convert(flags[name], raw)
             except UsageError as error:
                 problems.append(str(error))
+    problems += [f"--{name} is missing" for name, f in flags.items() if f.default is REQUIRED and name not in given]
     if problems:
         raise UsageError(joined(problems))
     return kind(**values)
 
 
 def _flags(kind: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """The fields by their flags, each with its type."""
     hints = typing.get_type_hints(kind)
-    flags = {f.name: f for f in dataclasses.fields(kind)}
-    for name, f in flags.items():
-        f.type = hints[name]
+    flags = {f.name.removesuffix("_"): f for f in dataclasses.fields(kind)}
+    for f in flags.values():
+        f.type = hints[f.name]
     return flags
+
+
+def _split(flags: Mapping[str, dataclasses.Field[Any]], argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What stands behind each flag, and the words that belong to none."""
+    given: dict[str, Any] = {}
+    stray: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if word.startswith("--") and name:
+            given[name] = text if equals else _values(words, flags.get(name))
+        else:
+            stray.append(word)
+    bare = next((name for name, f in flags.items() if f.metadata["is_bare"]), None)
+    if stray and bare and bare not in given:
+        given[bare], stray = (stray, []) if _is_list(flags[bare]) else (stray[0], stray[1:])
+    return given, stray
+
+
+def _is_list(known: dataclasses.Field[Any]) -> bool:
+    return any(typing.get_origin(one) is tuple for one in kinds(known))
 
 
 def _values(words: list[str], known: dataclasses.Field[Any] | None) -> Any:
     """Takes the flag's words off the front: all of a list flag, one of another, True for a bare switch, None when there is none."""
     taken: list[str] = []
-    is_list = known is not None and any(typing.get_origin(one) is tuple for one in kinds(known))
-    while words and not words[0].startswith("--") and (is_list or not taken):
+    while words and not words[0].startswith("--") and (not taken or (known is not None and _is_list(known))):
         taken.append(words.pop(0))
     if taken:
         return taken if len(taken) > 1 else taken[0]
@@ -93,7 +119,7 @@ def help_text(kind: type[Any]) -> str:
     """Each flag with its default and meaning."""
     lines = []
     for name, f in _flags(kind).items():
-        default = " ".join(f.default) if isinstance(f.default, tuple) else "" if f.default is None else str(f.default)
+        default = " ".join(f.default) if isinstance(f.default, tuple) else "" if f.default in (None, REQUIRED) else str(f.default)
         doc = str(f.metadata["doc"])
         choices = [str(choice) for choice in f.metadata["choices"]]
         if choices and not all(choice in doc for choice in choices):
@@ -122,6 +148,14 @@ def progress(total: int, what: str, unit: str = "row") -> Iterator[Callable[[int
             print(f"{what}: {done:,} of {total:,} {unit}s", file=sys.stderr, flush=True)
 
     yield tick
+
+
+def told(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
+    """`items`, with progress() over them."""
+    with progress(total, what, unit) as tick:
+        for item in items:
+            yield item
+            tick(1)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

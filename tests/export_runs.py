@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetune import train
 from surefoot import runtime
-from surefoot.export import story
+from surefoot.export import source, story
 from tests.conftest import SMALL_MODEL
 from tests.runs import quick
 
@@ -65,6 +65,13 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 def job(out: Path, dtype: str = "fp32", **changes: Any) -> story.Job:
     """Without a parity verdict, whose own tests ask for it."""
     return story.Job(out, dtype, overwrites=False, checks_parity=False, prompt_file="", shard_bytes=4 << 30)._replace(**changes)
+
+
+def merge(adapter: Path, out: Path, dtype: str = "fp32", onto: str = "seen", **changes: Any) -> list[str]:
+    """Merges and returns what was said."""
+    said: list[str] = []
+    story.merge_adapter(source.read(str(adapter), onto=onto), job(out, dtype, **changes), said.append)
+    return said
 
 
 def untrained_adapter(folder: Path, base: Path = SMALL_MODEL, **settings: Any) -> Path:

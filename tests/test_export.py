@@ -16,7 +16,8 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoTokenizer
 
-from scripts import export as script
+from scripts import export as script_file
+from surefoot import script
 from surefoot.errors import BackendError, UsageError
 from surefoot.export import formats, gguf_file, gguf_vocab, hub, serving, source
 from tests.conftest import SMALL_MODEL
@@ -213,14 +214,14 @@ def test_push_when_not_confirmed_then_lists_and_sends_nothing(tmp_path: Path) ->
         (["--model=x", "--push_to_hub=name"], "--push_to_hub=name must be OWNER/NAME"),
         (["--model=x", "--confirm_push", "--format=bnb-4bit"], "--confirm_push has a meaning only with --push_to_hub"),
         (["--model=/gone", "--format=bnb-4bit"], "--model=/gone is no model folder"),
-        (["--formt=bf16", "--adapter=x"], "--formt=bf16 is not a flag: did you mean --format?"),
+        (["--formt=bf16", "--adapter=x"], "--formt is not a flag. Did you mean --format?"),
     ],
 )
 def test_script_when_a_flag_is_wrong_then_says_so(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["export.py", *words])
-    assert script.main() == 2
+    assert script.main(script_file.Flags, script_file.USAGE, script_file.run) == 2
     assert said in capsys.readouterr().err
 
 

@@ -15,7 +15,6 @@ LEVELS = {
         "surefoot.config",
         "surefoot.flag_values",
         "surefoot.compat",
-        "surefoot.command",
         "surefoot.run_file",
         "surefoot.schema",
         "surefoot.stages",

@@ -250,7 +250,7 @@ def test_command_when_wrong_then_one_message_and_exit_code_2(tmp_path: Path, nam
 def test_help_when_asked_for_then_shows_every_flag(tmp_path: Path, name: str) -> None:
     done = script(name, "--help", folder=tmp_path)
     assert done.returncode == 0
-    assert "--out=OUT" in done.stdout + done.stderr
+    assert "--out=" in done.stdout
 
 
 def test_style_when_text_looks_like_a_literal_then_is_kept_as_text_and_joined_or_replaces(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from surefoot import runtime
 from surefoot.errors import BackendError, UsageError
 from surefoot.export import carry, judge, merge, place, records, serving, shards, source, story
 from surefoot.export.judge import Subject, Verdict
-from surefoot.export.progress import told
 from surefoot.export.source import Source
+from surefoot.script import told
 
 Say = Callable[[str], object]
 GGUF = ("gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0")
@@ -48,7 +48,7 @@ def of_adapter(found: Source, job: Job, say: Say) -> None:
         merged = Path(folder)
         work = merge.prepare(found, "bf16" if job.form in ("bnb-4bit", "gguf-bf16") else "fp32")
         total = len(merge.outputs(work))
-        for _ in told(merge.write(work, merged, shard_bytes=4 << 30), total, "merged tensors"):
+        for _ in told(merge.write(work, merged, shard_bytes=4 << 30), total, "merged", "tensor"):
             pass
         for note in merge.finish(work, merged).notes:
             say(f"note: {note}")
@@ -119,7 +119,7 @@ def _to_gguf(folder: Path, file: Path, job: Job) -> None:
     if job.converter:
         gguf_file.convert(job.converter, folder, file, job.form)
         return
-    for _ in told(gguf_file.write(folder, file, job.form), len(shards.stored(folder)), "written to the GGUF"):
+    for _ in told(gguf_file.write(folder, file, job.form), len(shards.stored(folder)), "written to the GGUF", "tensor"):
         pass
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from surefoot.export.progress import told
+from surefoot.script import told
 
 NEW_TOKENS = 16
 
@@ -76,7 +76,7 @@ class Difference:
 def observe(model: Any, prompts: Sequence[Sequence[int]], columns: int) -> Reference:
     """The model's greedy continuations of the prompts, and its logits of the first `columns` tokens of the vocabulary over both."""
     rows, starts, logits = [], [], []
-    for prompt in told(prompts, len(prompts), "parity, the adapter"):
+    for prompt in told(prompts, len(prompts), "parity, the adapter", "prompt"):
         ids = torch.tensor([list(prompt)], device=model.device)
         out = model.generate(
             input_ids=ids,
@@ -97,7 +97,7 @@ def compare(reference: Reference, model: Any) -> Difference:
     """The model's logits over the reference's own rows: greedy decoding is the same exactly where each next token is."""
     found: list[dict[str, float]] = []
     for ids, start, expected in zip(
-        told(reference.rows, len(reference.rows), "parity, the export"), reference.starts, reference.logits, strict=True
+        told(reference.rows, len(reference.rows), "parity, the export", "prompt"), reference.starts, reference.logits, strict=True
     ):
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu()
         found.append(_one(expected, logits, start))

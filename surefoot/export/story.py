@@ -10,8 +10,8 @@ from surefoot import runtime
 from surefoot.errors import NumericsError, UsageError
 from surefoot.export import carry, judge, merge, place, records, serving, source
 from surefoot.export.judge import Subject, Verdict
-from surefoot.export.progress import told
 from surefoot.export.source import Source
+from surefoot.script import told
 
 Say = Callable[[str], object]
 
@@ -38,7 +38,7 @@ def merge_adapter(found: Source, job: Job, say: Say) -> None:
     work = merge.prepare(found, job.dtype)
     say(f"merging {found.method} ({len(work.adapter.layers)} layers) into {found.base_name}, {named(found.onto)}, as {job.dtype}")
     with place.staged(job.out) as folder:
-        written = list(told(merge.write(work, folder, shard_bytes=job.shard_bytes), len(merge.outputs(work)), "merged tensors"))
+        written = list(told(merge.write(work, folder, shard_bytes=job.shard_bytes), len(merge.outputs(work)), "merged", "tensor"))
         done = merge.finish(work, folder)
         say(f"wrote {len(written)} tensors, {done.merged} of them merged, {sum(output.size for output in written) / 2**30:.2f} GiB")
         for note in done.notes:

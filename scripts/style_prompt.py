@@ -19,9 +19,7 @@ from surefoot.script import REQUIRED, flag  # noqa: E402
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    style: str = flag(
-        REQUIRED, 'what the answers shall be like, such as "Answer concisely in 2 lines."; also without --style', is_bare=True
-    )
+    style: str = flag(REQUIRED, 'what the answers shall be like, such as "Answer concisely in 2 lines."; or the first word', is_bare=True)
     in_: str = flag("data/processed", "the folder of train.jsonl, val.jsonl and test.jsonl")
     out: str = flag("data/processed_with_style", "the folder of the styled splits; made when needed")
     mode: str = flag("prepend", "prepend the style to the row's own system prompt, or replace it", choices=("prepend", "replace"))

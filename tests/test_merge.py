@@ -1,4 +1,4 @@
-"""The merge: the same model as the adapter on the base it saw, for every kind of adapter that is merged; a reason for the others."""
+"""The merge: the same model as the adapter on the base it saw, for every kind of adapter that is merged."""
 
 from __future__ import annotations
 

@@ -156,8 +156,8 @@ print(status("VmHWM") - before)
     grown_mib = float(done.stdout)
     assert size_mib > 300
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 15
-    matrix_mib = 4 * 512 * 2048 * 4 / 2**20  # four fp32 copies of the largest matrix
-    assert grown_mib < 16 + adapter_mib + matrix_mib + 10, f"{grown_mib:.0f} MiB for a model of {size_mib:.0f} MiB"
+    matrix_mib = 4 * 512 * 2048 * 4 / 2**20  # four fp32 copies of the largest matrix; 40 MiB for the allocator and the pages of a file
+    assert grown_mib < 16 + adapter_mib + matrix_mib + 40, f"{grown_mib:.0f} MiB for a model of {size_mib:.0f} MiB"
 
 
 def script(*words: object) -> subprocess.CompletedProcess[str]:

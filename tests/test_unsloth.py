@@ -175,6 +175,6 @@ def test_process_when_transformers_came_first_then_unsloth_is_refused_and_never_
     plan = make_plan(Config.parse({"base_model": "m", "backend": "unsloth"}), here, inputs(), None, answer)
     assert transformers.__name__ in sys.modules
     with pytest.raises(BackendError, match="before Unsloth, which patches them"):
-        runtime.is_unsloth(plan)
-    assert not runtime.is_unsloth(make_plan(Config.parse({"base_model": "m"}), here, inputs()))
+        runtime.before_imports(plan)
+    runtime.before_imports(make_plan(Config.parse({"base_model": "m"}), here, inputs()))
     assert "unsloth" not in sys.modules

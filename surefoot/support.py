@@ -92,7 +92,7 @@ REFUSED = (
 
 PLAIN, FAST = (False,), (True,)
 ENGINES_OF_TWO = ENGINES[1:5]
-ON_CPU = ""  # "CPU, scripts/dev.lock" once the slow tests have passed with this file
+ON_CPU = "2026-11-21, two CPU cores, scripts/dev.lock"
 FILE = "tests/test_engines.py::"
 TESTS = (
     Test(

@@ -43,7 +43,7 @@ def flags_of(cell: Cell) -> dict[str, Any]:
     return quick(
         adapter_name=cell.method, load_4bit=cell.quantization == "nf4", load_8bit=cell.quantization == "int8", packing=cell.packs,
         enable_torch_compile=cell.compiles, per_device_train_batch_size=2, save_step=6, eval_step=6, bf16=False,
-        **({"pack_len": 200} if cell.packs else {}), **({"learning_rate": 2e-4} if cell.method == "full" else {}),
+        **({"pack_len": 200, "cutoff_len": 200} if cell.packs else {}), **({"learning_rate": 2e-4} if cell.method == "full" else {}),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from surefoot.errors import BackendError, UsageError
 from surefoot.plan import ModelPlan
@@ -41,6 +42,7 @@ def load_model(plan: ModelPlan, vocabulary_size: int, target_modules: tuple[str,
     config.use_cache = False
     if target_modules:
         check_targets(plan, config, target_modules)
+    unset_hf_deepspeed_config()  # an earlier run of this process may have left one, under which ZeRO-3 would load pieces
     with _named(plan, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             plan.path,

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, TRAIN_ROWS
-from tests.test_makefile import MADE
 
 SCRIPTS = sorted([*(ROOT / "workflows").glob("*.sh"), *(ROOT / "scripts").glob("*.sh")])
 QUICK = "--max_steps=2 --batch_size=8 --eval_strategy=no --save_strategy=no --val_set_size=0"
@@ -84,7 +83,6 @@ def test_quick_start_when_asked_for_help_or_wrong_then_says_so(words: list[str],
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (MADE["evaluate"] and MADE["infer"]), reason="needs scripts/evaluate.py and scripts/infer.py")
 @pytest.mark.parametrize("answers", [None, "examples/small_model\nBe brief.\nrendered\n"])
 def test_quick_start_when_run_for_the_first_time_then_trains_and_answers(tmp_path: Path, venv: Path, answers: str | None) -> None:
     command = ["bash", str(ROOT / "workflows/quick_start.sh"), f"--folder={tmp_path}", *(["--yes"] if answers is None else [])]

@@ -21,7 +21,7 @@ class Band(NamedTuple):
     kl: float
 
 
-# By the format's rounding. benchmarks/export_bands.py measures models of several shapes and depths, and what wrong merges give.
+# By the format's rounding, as judged by eye: benchmarks/export_bands.py, which is to measure them, has not run yet.
 BANDS = {
     "fp32": Band(1e-3, 1e-6),
     "fp16": Band(1e-2, 1e-4),

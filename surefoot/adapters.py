@@ -127,6 +127,7 @@ def compile_layers(model: Any, *, in_pieces: bool = False) -> int:
     layers = getattr(base.get_decoder(), "layers", None)
     if layers is None:
         raise BackendError(f"--enable_torch_compile: {type(base).__name__} has no `layers` to compile one by one. Set it to False")
+    torch._dynamo.config.optimize_ddp = False  # it would cut each layer's graph at DDP's buckets, and keep what crosses the cuts
     for layer in layers:
         if in_pieces:
             layer.forward = torch.compile(layer.forward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 WORKS = """
@@ -29,4 +30,4 @@ def unsloth(folder: Path, code: str, *, requires: tuple[str, ...] = ("torch",), 
         info.mkdir()
         lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {line}" for line in requires)]
         (info / "METADATA").write_text("\n".join(lines) + "\n")
-    return {"PYTHONPATH": str(folder), "SUREFOOT_CACHE": str(folder / "cache")}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]), "SUREFOOT_CACHE": str(folder / "cache")}

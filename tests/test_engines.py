@@ -54,7 +54,8 @@ def launch(
     command = ["-m", "accelerate.commands.launch", "--config_file", ROOT / f"profiles/{profile}.yaml", "--main_process_port", 0]
     command += [] if processes is None else ["--num_processes", processes]
     line = [sys.executable, *map(str, command), str(ROOT / script), *given]
-    return subprocess.run(line, env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}, capture_output=True, text=True, timeout=570)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **(env or {})}
+    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=570)
 
 
 def why(done: subprocess.CompletedProcess[str]) -> str:

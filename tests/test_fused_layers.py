@@ -107,6 +107,17 @@ def test_model_when_under_bf16_autocast_then_is_as_near_to_fp32_as_peft(method: 
     assert ours < 1.5 * plain, (ours, plain)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_layers_when_traced_by_dynamo_then_loss_and_gradients_are_the_same(method: str, bf16: bool) -> None:
+    model = adapted(method=method)
+    fuse(model)
+    wanted = trained_on(model, bf16)
+    for layer in model.get_decoder().layers:
+        layer.compile(backend="eager")
+    assert furthest(trained_on(model, bf16), wanted) < (0.02 if bf16 else 1e-5)
+
+
 def test_layers_when_they_share_an_input_then_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for name in ("adapted_linears", "adapted_mlp"):

@@ -63,31 +63,41 @@ def test_row_norms_when_on_the_gpu_then_are_the_fp64_norms(dtype: torch.dtype) -
     assert float((ours.double() / truth - 1).abs().max()) < 2e-5  # A is the sum of two 16-bit numbers: 2^-17
 
 
-def trained_on(model: Any, autocast: bool) -> dict[str, Tensor]:
+def trained_on(model: Any, autocast: bool, ids: Tensor = IDS) -> dict[str, Tensor]:
     model.train()
     model.zero_grad()
     torch.manual_seed(5)
-    ids = IDS.cuda()
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids.cuda(), labels=ids.cuda()).loss
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {"loss": loss.detach(), **gradients}
 
 
+def misses(found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Of each name the root mean square over batches of its distance to the truth."""
+    squares = [{name: distance(one[name], right[name]) ** 2 for name in right} for one, right in zip(found, truth, strict=True)]
+    return {name: (sum(square[name] for square in squares) / len(squares)) ** 0.5 for name in truth[0]}
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_model_when_fused_under_bf16_autocast_then_is_as_near_to_fp32_as_peft(method: str, quantization: str) -> None:
-    truth = trained_on(adapted(quantization, method=method).cuda(), autocast=False)
+    batches = [torch.randint(10, 2000, IDS.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    exact = adapted(quantization, method=method).cuda()
+    truth = [trained_on(exact, False, ids) for ids in batches]
     model = adapted(quantization, "bf16", method=method).cuda()
-    plain = trained_on(model, autocast=True)
+    plain = misses([trained_on(model, True, ids) for ids in batches], truth)
     assert fuse(model).refused == {}
     head.use_head_loss(model, compiled=False)
-    found = trained_on(model, autocast=True)
-    assert {one.dtype for one in found.values()} == {torch.float32}
-    assert abs(float(found["loss"] - truth["loss"])) < max(2 * abs(float(plain["loss"] - truth["loss"])), 1e-3)
-    off = {name: (distance(found[name], truth[name]), distance(plain[name], truth[name])) for name in truth if name != "loss"}
-    assert all(ours < max(1.5 * theirs, 1e-2) for ours, theirs in off.values()), off
+    found = [trained_on(model, True, ids) for ids in batches]
+    assert {tensor.dtype for one in found for tensor in one.values()} == {torch.float32}
+    ours = misses(found, truth)
+    assert ours.pop("loss") < max(2 * plain.pop("loss"), 5e-4)  # 8 batches: the root mean square of a few roundings still varies
+    worst = max(ours, key=lambda name: ours[name] / plain[name])
+    assert ours[worst] < 1.5 * plain[worst], worst
+    limit = {"lora": 1.1, "dora": 1.3}[method]  # DoRA rounds twice where PEFT rounds once: before its factor and behind it
+    assert sum(ours.values()) < limit * sum(plain.values())
 
 
 def test_model_when_fused_in_fp32_then_loss_and_gradients_are_pefts() -> None:

@@ -42,6 +42,8 @@ def scaled_rows(raw: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
     Returns:
         [..., out] in raw's dtype.
     """
+    if torch.compiler.is_compiling():  # which fuses it; and Dynamo of torch 2.11 gives the Function below zero gradients in fp32
+        return (raw * (magnitude / norm)).to(raw.dtype)
     return _ScaledRows.apply(raw, magnitude, norm)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -161,6 +163,4 @@ class _ScaledRows(torch.autograd.Function):
 
 def _times(wide: Tensor, factor: Tensor) -> Tensor:
     """wide * factor in the wider of both dtypes, rounded once to wide's."""
-    if torch.compiler.is_compiling():
-        return (wide * factor).to(wide.dtype)
     return torch.mul(wide, factor, out=torch.empty_like(wide))

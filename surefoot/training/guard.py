@@ -81,11 +81,11 @@ class Guard:
         """
         device = self.window[-1].loss.device
         loss = torch.stack([batch.loss.double() for batch in self.window]).sum()
-        numbers = torch.stack([loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=device), loss.new_tensor(float(stops))])
+        numbers = torch.stack([loss, _scalar(grad_norm, device), _scalar(stops, device)])
         if self.processes > 1:
             torch.distributed.all_reduce(numbers)
             numbers /= self.processes
-        count = torch.as_tensor(-1 if tokens is None else tokens, dtype=torch.float64, device=device)
+        count = _scalar(-1 if tokens is None else tokens, device)
         return torch.cat([numbers[:2], count.reshape(1), numbers[2:]])
 
     def accept(self, numbers: StepNumbers) -> None:
@@ -133,6 +133,13 @@ class Guard:
     def mean_loss(self) -> float:
         """Over all good steps."""
         return self.total / self.good_steps if self.good_steps else float("nan")
+
+
+def _scalar(value: Any, device: torch.device) -> torch.Tensor:
+    """float64 on the device; a number is written there by a kernel, since its copy from the host would wait for the device."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def is_bad(measured: torch.Tensor) -> torch.Tensor:

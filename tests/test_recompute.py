@@ -59,10 +59,11 @@ def test_auto_when_not_everything_fits_then_recomputes_the_fewest_layers(rows: i
 
 
 RTX_4090 = machine(gpus=(Gpu(name="NVIDIA GeForce RTX 4090", memory_gib=23.6, capability=(8, 9)),), memory_gib=64.0)
+IN_BF16 = {**LLAMA_8B, "dtype": "bfloat16"}
 
 
 def test_auto_when_every_layer_recomputes_and_it_does_not_fit_then_their_inputs_wait_in_host_memory() -> None:
-    made = plan(on=RTX_4090, attn_implementation="sdpa")
+    made = plan(on=RTX_4090, model=IN_BF16, attn_implementation="sdpa")
     assert made.memory is not None
     assert (made.model.recompute_layers, made.model.offload_inputs) == (32, True)
     assert made.memory.gib < 0.92 * 23.6 < made.memory.at(offload_inputs=False).gib
@@ -72,7 +73,7 @@ def test_auto_when_every_layer_recomputes_and_it_does_not_fit_then_their_inputs_
 
 
 def test_auto_when_the_host_has_too_little_memory_then_nothing_waits_there() -> None:
-    made = plan(on=replace(RTX_4090, memory_gib=7.0), attn_implementation="sdpa")
+    made = plan(on=replace(RTX_4090, memory_gib=7.0), model=IN_BF16, attn_implementation="sdpa")
     assert (made.model.recompute_layers, made.model.offload_inputs) == (32, False)
     assert reason(made, "offload_inputs") == "the inputs of all layers, 4.0 GiB, are more than half of the host's memory"
 

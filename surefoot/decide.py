@@ -26,6 +26,7 @@ def decisions(desk: Desk) -> dict[str, Choice]:
 
 
 def _decide(desk: Desk) -> Iterator[Choice]:
+    yield model.revision(desk)
     quantization = model.quantization(desk)
     precision = model.precision(desk)
     chosen = backend.backend(desk, quantization.value)

@@ -45,6 +45,7 @@ class Inputs:
     run_folder: RunFolder
     resume_stamp: dict[str, Any] | None
     problems: tuple[str, ...]
+    commit: str | None = None  # of a model of the Hub, which --revision names, or its main branch as it is now
 
 
 def inspect(config: Config) -> Inputs:
@@ -76,7 +77,7 @@ def inspect(config: Config) -> Inputs:
 
 
 def with_hub_config(found: Inputs, revision: str | None) -> Inputs:
-    """`found` with the config.json of a Hub model; as it was where it has one, or the Hub cannot give it (loading will say why)."""
+    """`found` with the config.json and commit of a Hub model; as it was for a folder, or where the Hub cannot give them (loading says why)."""
     if found.model_config is not None or found.problems:
         return found
     from huggingface_hub import hf_hub_download
@@ -87,7 +88,8 @@ def with_hub_config(found: Inputs, revision: str | None) -> Inputs:
     except (HfHubHTTPError, OSError, ValueError):
         return found
     content = _json(Path(path))
-    return dataclasses.replace(found, model_config=content) if isinstance(content, dict) else found
+    commit = Path(path).parent.name  # the Hub's cache keeps files under snapshots/COMMIT
+    return dataclasses.replace(found, model_config=content, commit=commit) if isinstance(content, dict) else found
 
 
 def _looks_local(path: str) -> bool:

@@ -10,6 +10,14 @@ from surefoot.rules.desk import Choice, Desk
 ALPHA_RULES = {"r": 1, "2r": 2}
 
 
+def revision(desk: Desk) -> Choice:
+    """The commit that is trained, so that a resumed run and whoever loads the adapter take the same one."""
+    commit = desk.inputs.commit
+    if commit is None or desk.config.revision == commit:
+        return desk.as_given("revision")
+    return Choice("revision", commit, desk.config.source("revision"), f"what {desk.config.revision or 'the main branch'} is now")
+
+
 def quantization(desk: Desk) -> Choice:
     c, m = desk.config, desk.machine
     kind = "nf4" if c.load_4bit else "int8" if c.load_8bit else "none"

@@ -77,7 +77,7 @@ def inspect(config: Config) -> Inputs:
 
 
 def with_hub_config(found: Inputs, revision: str | None) -> Inputs:
-    """`found` with the config.json and commit of a Hub model; as it was for a folder, or where the Hub cannot give them (loading says why)."""
+    """`found` with config.json and commit of a Hub model; as it was for a folder, or where the Hub cannot give them: loading says why."""
     if found.model_config is not None or found.problems:
         return found
     from huggingface_hub import hf_hub_download

@@ -6,8 +6,8 @@ python benchmarks/multi_gpu.py --out=FILE --processes=2 --tiny                  
 DoRA on Llama-3.1-8B's shape with random weights, 4 rows of 2,048 tokens a GPU and step, no accumulation. Every run is finetune.py under
 profiles/ENGINE.yaml as a user starts it, once with the fused layers and once with PEFT's (--fused_adapters=False --fused_loss=False), read
 from its own metrics.jsonl: tokens of a step over the median seconds a step behind --warmup, read every four steps. `ratio` is to the same
-layers and stage on one GPU. --out is written after every run; the next call, also with other --processes, --engines, --stages or --rounds, runs what is
-missing.
+layers and stage on one GPU. --out is written after every run; the next call, also with other --processes, --engines, --stages or --rounds,
+runs what is missing.
 Needs deepspeed: DS_BUILD_OPS=0 pip install deepspeed.
 """
 

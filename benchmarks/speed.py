@@ -6,10 +6,10 @@ python benchmarks/speed.py --data=examples/data/commonsense_train.jsonl --out=FI
 python benchmarks/speed_table.py                                                          # README's table and the plot
 
 Every run is a process of its own; a round runs each system once, in turn. Ours is finetune.py as a user starts it, read from its own
-metrics.jsonl; peers are speed_peers.py. The clock is read after the first step and every four (users log every ten): a run's
-speed is the mean of the tokens of its steps (padding left out) over the median of their seconds, the first --warmup steps left out; what
-those took longer than that is compile_s. --out is written after every run and continued by the
-next call, which runs what is missing; --redo=ours3 forgets that system's runs of the cases first.
+metrics.jsonl; peers are speed_peers.py. The clock is read after the first step and every four (users log every ten): a run's speed is the
+mean of the tokens of its steps (padding left out) over the median of their seconds, the first --warmup steps left out; what those took
+longer than that is compile_s. --out is written after every run and continued by the next call, which runs what is missing; --redo=ours3
+forgets that system's runs of the cases first.
 """
 
 from __future__ import annotations

@@ -17,10 +17,6 @@ COPY docker/flash_attn.sh docker/flash_attn.lock /surefoot/docker/
 RUN --mount=type=cache,target=/root/.cache/uv /surefoot/docker/flash_attn.sh "${FLASH_ATTN}"
 
 FROM ${BASE}
-ARG COMMIT=unknown
-LABEL org.opencontainers.image.title="surefoot stage 2" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.revision="${COMMIT}"
 COPY docker/system.sh /surefoot/docker/
 RUN /surefoot/docker/system.sh run && useradd --uid 1000 --home-dir /home/surefoot surefoot && install -d -m 1777 /home/surefoot /home/surefoot/.cache
 COPY --from=build /surefoot /surefoot
@@ -30,3 +26,8 @@ ENV PATH=/surefoot/.venv/bin:${PATH} LD_LIBRARY_PATH= HOME=/home/surefoot USER=s
 USER 1000:1000
 WORKDIR /home/surefoot
 ENTRYPOINT ["/surefoot/docker/entrypoint.sh"]
+# last: each commit has another value, and nothing after it can come from the cache
+ARG COMMIT=unknown
+LABEL org.opencontainers.image.title="surefoot stage 2" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${COMMIT}"

@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from surefoot.doctor import pinned
@@ -58,6 +60,18 @@ def test_lock_when_compared_with_the_tested_set_then_has_its_training_packages(n
     tested = dict(re.findall(r"^(\S+?)==(\S+)$", (ROOT / "scripts/dev.lock").read_text(), re.MULTILINE))
     for name in ("transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors", "fire"):
         assert f"\n{name}=={tested[name]} \\\n" in lock(number)
+
+
+@pytest.mark.parametrize("number", STAGES)
+def test_lock_when_compared_with_setup_cfg_then_has_what_it_asks_for(number: int) -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    texts = (setup["options"]["install_requires"], extras["gpu"], extras["unsloth"])
+    asked = [Requirement(line) for line in "\n".join(texts).split("\n") if line]
+    held = dict(re.findall(r"^(\S+?)==(\S+) ", lock(number), re.MULTILINE))
+    assert len(asked) >= 20
+    assert [str(one) for one in asked if one.name not in held or held[one.name] not in one.specifier] == []
 
 
 @pytest.mark.parametrize("file", LOCKS, ids=lambda file: file.name)

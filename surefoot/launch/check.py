@@ -7,14 +7,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from surefoot import cli, inputs, machine
 from surefoot.config import Config
+from surefoot.errors import UsageError, joined
 from surefoot.inputs import Inputs, RunFolder
-from surefoot.launch.ask import ROOT, Ask
+from surefoot.launch.ask import ALONE, ROOT, Ask
 from surefoot.machine import Gpu, Machine
 from surefoot.plan import Plan, make_plan
 
@@ -30,6 +32,8 @@ def check(ask: Ask) -> Plan:
     """
     config = _config(ask.flags)
     here = _machine(ask)
+    if ask.world == "docker" and (hidden := list(_hidden(config))):
+        raise UsageError(joined(hidden))
     found = _unseen(config) if ask.world in ELSEWHERE else inputs.inspect(config)
     return make_plan(config, here, found)
 
@@ -40,6 +44,19 @@ def _config(flags: tuple[str, ...]) -> Config:
     values: dict[str, Any] = {}
     fire.Fire(lambda **given: values.update(given), command=cli.tidy(flags), serialize=lambda _: None)
     return cli.parse(values)
+
+
+def _hidden(config: Config) -> Iterator[str]:
+    """Paths that exist here and not in docker.sh's container."""
+    cache = os.environ.get("CACHE") or Path.home() / ".cache"
+    folders = [os.getcwd(), os.environ.get("PWD", ""), cache, os.environ.get("HF_HOME", ""), *os.environ.get("MOUNTS", "").split("\n")]
+    seen = [folder for folder in map(Path, folders) if folder.is_absolute()]
+    files = [("data_path", path) for path in config.data_path] + [("val_data_path", path) for path in config.val_data_path or ()]
+    named = [("base_model", config.base_model), ("local_dir", config.local_dir), ("resume_from_checkpoint", config.checkpoint), *files]
+    for flag, path in [*named, ("output_dir", config.output_dir)]:
+        place = Path(os.path.abspath(path or ""))
+        if not any(place.is_relative_to(folder) for folder in seen):
+            yield f"--{flag}={path} is not in the container, which has this folder, CACHE and MOUNTS. Set MOUNTS={place.parent}"
 
 
 def _unseen(config: Config) -> Inputs:
@@ -53,14 +70,14 @@ def _machine(ask: Ask) -> Machine:
     """This machine as rank 0 would see it there: as many processes, an assumed GPU each, an image's packages where it runs in one."""
     with _environment({**launched(ask), "CUDA_VISIBLE_DEVICES": ""}):
         here = machine.probe()
-    versions = here.versions if ask.world in ("local", "slurm") else {**here.versions, **_image_versions(ask.stage)}
+    versions = {**here.versions, **_image_versions(ask.stage)} if ask.image else here.versions
     return dataclasses.replace(here, gpus=() if ask.is_cpu else (ASSUMED,) * ask.gpus, versions=versions)
 
 
 def launched(ask: Ask) -> dict[str, str]:
     """What accelerate launch puts into rank 0's environment under the profile."""
-    if ask.profile in ("single", "cpu"):
-        return {}
+    if ask.profile in ALONE:
+        return {"ACCELERATE_USE_CPU": "true"} if ask.profile == "cpu" else {}
     given = {"WORLD_SIZE": str(ask.nodes * ask.processes), "LOCAL_WORLD_SIZE": str(ask.processes), "RANK": "0", "LOCAL_RANK": "0"}
     profile = yaml.safe_load((ROOT / f"profiles/{ask.profile}.yaml").read_text())
     if profile["distributed_type"] == "DEEPSPEED":

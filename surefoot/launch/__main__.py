@@ -95,6 +95,8 @@ def main(argv: Sequence[str]) -> int:
         plan = check(ask)
         world = f"{ask.nodes} x {ask.processes} process(es) under profiles/{ask.profile}.yaml"
         print(f"checked: {world}, {plan.train.batch_size} rows a step", file=sys.stderr)
+        if ask.nodes > 1 and ask.world in ("local", "docker"):
+            print(f"for each node, with NODE_RANK=0 to {ask.nodes - 1} and MASTER_ADDR, the address of node 0, set there", file=sys.stderr)
         print(shown(ask), end="", flush=True)
         return submit(ask) if ask.submit else 0
     except SurefootError as error:

@@ -17,6 +17,7 @@ from surefoot.config import Config
 from surefoot.errors import UsageError, joined
 from surefoot.inputs import Inputs, RunFolder
 from surefoot.launch.ask import ALONE, ROOT, Ask
+from surefoot.launch.manifests import RUNS
 from surefoot.machine import Gpu, Machine
 from surefoot.plan import Plan, make_plan
 
@@ -32,7 +33,7 @@ def check(ask: Ask) -> Plan:
     """
     config = _config(ask.flags)
     here = _machine(ask)
-    if ask.world == "docker" and (hidden := list(_hidden(config))):
+    if hidden := list(_hidden(ask, config)):
         raise UsageError(joined(hidden))
     found = _unseen(config) if ask.world in ELSEWHERE else inputs.inspect(config)
     return make_plan(config, here, found)
@@ -46,17 +47,23 @@ def _config(flags: tuple[str, ...]) -> Config:
     return cli.parse(values)
 
 
-def _hidden(config: Config) -> Iterator[str]:
-    """Paths that exist here and not in docker.sh's container."""
-    cache = os.environ.get("CACHE") or Path.home() / ".cache"
-    folders = [os.getcwd(), os.environ.get("PWD", ""), cache, os.environ.get("HF_HOME", ""), *os.environ.get("MOUNTS", "").split("\n")]
-    seen = [folder for folder in map(Path, folders) if folder.is_absolute()]
+def _hidden(ask: Ask, config: Config) -> Iterator[str]:
+    """What is said of each path that the run would not find, or would not find again, where it runs."""
+    if ask.world not in ("docker", *ELSEWHERE):
+        return
+    cache = os.environ.get("CACHE") or str(Path.home() / ".cache")
+    mounted = [os.getcwd(), os.environ.get("PWD", ""), cache, os.environ.get("HF_HOME", ""), *os.environ.get("MOUNTS", "").split("\n")]
+    seen = [folder for folder in mounted if folder.startswith("/")] if ask.world == "docker" else [RUNS]
     files = [("data_path", path) for path in config.data_path] + [("val_data_path", path) for path in config.val_data_path or ()]
     named = [("base_model", config.base_model), ("local_dir", config.local_dir), ("resume_from_checkpoint", config.checkpoint), *files]
     for flag, path in [*named, ("output_dir", config.output_dir)]:
-        place = Path(os.path.abspath(path or ""))
-        if not any(place.is_relative_to(folder) for folder in seen):
+        place = Path(os.path.normpath(os.path.join(seen[0], path or "")))
+        if any(place.is_relative_to(folder) for folder in seen):
+            continue
+        if ask.world == "docker":
             yield f"--{flag}={path} is not in the container, which has this folder, CACHE and MOUNTS. Set MOUNTS={place.parent}"
+        else:
+            yield f"--{flag}={path} is not below {RUNS}, which is all that {ask.world} keeps and every node sees. Put it there"
 
 
 def _unseen(config: Config) -> Inputs:

@@ -116,12 +116,13 @@ def test_lint_when_a_dockerfile_is_bad_then_sees_it(tmp_path: Path) -> None:
 
 
 def scripts() -> list[Path]:
-    return [*ROOT.glob("docker/*.sh"), *ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", *ROOT.glob("tests/*.sh")]
+    folders = ("docker", "examples", "launch", "scripts", "tests", "workflows")
+    return [*(file for folder in folders for file in ROOT.glob(f"{folder}/*.sh")), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
 
 
 def test_scripts_when_linted_then_are_clean_and_formatted() -> None:
-    assert len(scripts()) >= 10
-    subprocess.run([TOOLS / "shellcheck", *scripts(), ROOT / "examples/commonsense.sh"], check=True)
+    assert len(scripts()) >= 20
+    subprocess.run([TOOLS / "shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *scripts()], check=True)
     subprocess.run([TOOLS / "shfmt", "--indent", "2", "--case-indent", "--diff", *scripts()], check=True)
 
 

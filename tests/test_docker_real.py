@@ -45,8 +45,11 @@ def test_image_when_built_then_is_labelled_listed_and_without_root(engine: Path,
     assert image["Config"]["User"] == "1000:1000"
     assert image["Config"]["Labels"]["org.opencontainers.image.title"] == f"surefoot stage {stage}"
     assert "LD_LIBRARY_PATH=" in image["Config"]["Env"]
-    listed = docker(engine, "run", "--rm", "--entrypoint", "cat", f"surefoot:stage{stage}", "/surefoot/sbom.cdx.json").stdout
-    assert {"transformers", "torch", "gcc"} <= {component["name"] for component in json.loads(listed)["components"]}
+    script = 'cat /surefoot/sbom.cdx.json; dpkg-query -W -f "\\${Package}\n" >&2'
+    shown = docker(engine, "run", "--rm", "--entrypoint", "sh", f"surefoot:stage{stage}", "-c", script)
+    components = [(part["name"], part["purl"]) for part in json.loads(shown.stdout)["components"]]
+    assert {"transformers", "torch"} <= {name for name, _ in components}
+    assert {name for name, url in components if url.startswith("pkg:deb/")} == set(shown.stderr.split())
 
 
 def test_image_when_started_then_has_checked_its_stack_and_has_a_doctor(engine: Path, tmp_path: Path) -> None:

@@ -51,9 +51,7 @@ def _hidden(ask: Ask, config: Config) -> Iterator[str]:
     """What is said of each path that the run would not find, or would not find again, where it runs."""
     if ask.world not in ("docker", *ELSEWHERE):
         return
-    cache = os.environ.get("CACHE") or str(Path.home() / ".cache")
-    mounted = [os.getcwd(), os.environ.get("PWD", ""), cache, os.environ.get("HF_HOME", ""), *os.environ.get("MOUNTS", "").split("\n")]
-    seen = [folder for folder in mounted if folder.startswith("/")] if ask.world == "docker" else [RUNS]
+    seen = _mounted(os.environ) if ask.world == "docker" else [RUNS]
     files = [("data_path", path) for path in config.data_path] + [("val_data_path", path) for path in config.val_data_path or ()]
     named = [("base_model", config.base_model), ("local_dir", config.local_dir), ("resume_from_checkpoint", config.checkpoint), *files]
     for flag, path in [*named, ("output_dir", config.output_dir)]:
@@ -64,6 +62,14 @@ def _hidden(ask: Ask, config: Config) -> Iterator[str]:
             yield f"--{flag}={path} is not in the container, which has this folder, CACHE and MOUNTS. Set MOUNTS={place.parent}"
         else:
             yield f"--{flag}={path} is not below {RUNS}, which is all that {ask.world} keeps and every node sees. Put it there"
+
+
+def _mounted(env: Mapping[str, str]) -> list[str]:
+    """docker.sh's folders, the working folder first; PWD is its name where it was entered through a link."""
+    linked = env.get("PWD", "")
+    here = [os.getcwd(), *([linked] if linked and os.path.exists(linked) and os.path.samefile(linked, os.getcwd()) else [])]
+    cache = env.get("CACHE") or str(Path.home() / ".cache")
+    return [*here, cache, *(folder for folder in [env.get("HF_HOME", ""), *env.get("MOUNTS", "").split("\n")] if folder.startswith("/"))]
 
 
 def _unseen(config: Config) -> Inputs:

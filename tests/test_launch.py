@@ -50,6 +50,8 @@ def launch(*words: object, cwd: Path, path: str = os.environ["PATH"], **variable
         (["slurm", "--", *FLAGS_OF_A_RUN, "--grace_s", "9"], "--grace_s after -- is not what slurm would keep to"),
         (["docker", "--", *FLAGS_OF_A_RUN], f"--data_path={TRAIN_ROWS} is not in the container, which has this folder, CACHE and MOUNTS"),
         (["k8s", "--image", "i", "--", *FLAGS_ON_A_VOLUME, "--output_dir", "/tmp/out"], "--output_dir=/tmp/out is not below /runs"),
+        (["k8s", "--image", "i", "--", "--config", str(ROOT / "configs/run_bnb.yaml")], "run_bnb.yaml is a file of this machine"),
+        (["docker", "--", "--config", str(ROOT / "configs/run_bnb.yaml")], f"Set MOUNTS={ROOT}/configs"),
         (["sky", "--image", "i", "--bucket", "b", "--", *FLAGS_ON_A_VOLUME, "--data_path", "../d.json"], "--data_path=../d.json is not below /runs"),
         (["slurm", "--nodes", "3", "--", *FLAGS_OF_A_RUN, "--batch_size", "128"], "--batch_size=128 cannot be split"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--data_path", "none.jsonl"], "none.jsonl does not exist"),

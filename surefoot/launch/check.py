@@ -31,30 +31,33 @@ def check(ask: Ask) -> Plan:
     Raises:
         SurefootError: what finetune.py would say, all of it.
     """
-    config = _config(ask.flags)
+    values = _values(ask.flags)
+    if "config" in values and ask.world in ELSEWHERE:
+        raise UsageError(f"--config={values['config']} is a file of this machine, which {ask.world} would not find. Give its flags instead")
+    config = cli.parse(values)
     here = _machine(ask)
-    if hidden := list(_hidden(ask, config)):
+    if hidden := list(_hidden(ask, config, values.get("config"))):
         raise UsageError(joined(hidden))
     found = _unseen(config) if ask.world in ELSEWHERE else inputs.inspect(config)
     return make_plan(config, here, found)
 
 
-def _config(flags: tuple[str, ...]) -> Config:
+def _values(flags: tuple[str, ...]) -> dict[str, Any]:
     import fire
 
     values: dict[str, Any] = {}
     fire.Fire(lambda **given: values.update(given), command=cli.tidy(flags), serialize=lambda _: None)
-    return cli.parse(values)
+    return values
 
 
-def _hidden(ask: Ask, config: Config) -> Iterator[str]:
+def _hidden(ask: Ask, config: Config, file: str | None) -> Iterator[str]:
     """What is said of each path that the run would not find, or would not find again, where it runs."""
     if ask.world not in ("docker", *ELSEWHERE):
         return
     seen = _mounted(os.environ) if ask.world == "docker" else [RUNS]
     files = [("data_path", path) for path in config.data_path] + [("val_data_path", path) for path in config.val_data_path or ()]
-    named = [("base_model", config.base_model), ("local_dir", config.local_dir), ("resume_from_checkpoint", config.checkpoint), *files]
-    for flag, path in [*named, ("output_dir", config.output_dir)]:
+    named = [("config", file), ("base_model", config.base_model), ("local_dir", config.local_dir), ("prompt_style", config.prompt_style)]
+    for flag, path in [*named, *files, ("resume_from_checkpoint", config.checkpoint), ("output_dir", config.output_dir)]:
         place = Path(os.path.normpath(os.path.join(seen[0], path or "")))
         if any(place.is_relative_to(folder) for folder in seen):
             continue

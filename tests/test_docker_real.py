@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,14 @@ def test_run_when_docker_stops_it_then_ends_with_75_and_goes_on_exactly(engine: 
     assert real.steps_done(stopped) < real.STEPS
     assert run(engine, tmp_path, *real.flags(stopped), "--resume", **two).returncode == 0
     real.assert_same_run(stopped, left_alone)
+
+
+def test_container_when_stopped_before_the_run_began_then_ends_with_75(engine: Path) -> None:
+    name = docker(engine, "run", "--detach", "--init", "surefoot:stage1", "--help").stdout.strip()
+    time.sleep(0.5)  # the check of the stack takes seconds
+    assert docker(engine, "stop", "--time", "60", name).returncode == 0
+    assert docker(engine, "inspect", "--format", "{{.State.ExitCode}}", name).stdout == "75\n"
+    docker(engine, "rm", name)
 
 
 def test_mistake_when_made_in_the_container_then_its_exit_code_comes_out(engine: Path, tmp_path: Path) -> None:

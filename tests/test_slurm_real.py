@@ -65,7 +65,6 @@ def test_job_when_preempted_then_is_requeued_and_ends_as_if_left_alone(slurm: Cl
     slurm("scancel", "--batch", "--signal=USR1", job)
     real.wait_for(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job), "the job is requeued")
     assert 3 <= real.steps_done(preempted) < real.STEPS
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
     slurm.finish(job, tmp_path)
     real.assert_same_run(preempted, left_alone)
     assert not list(tmp_path.glob(".surefoot-stop-*"))

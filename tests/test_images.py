@@ -9,6 +9,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from packaging.requirements import Requirement
@@ -18,7 +19,8 @@ from surefoot.doctor import pinned
 from surefoot.doctor.stack import Library, Stack
 from surefoot.errors import BackendError, UsageError
 from surefoot.stages import STAGES
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TRAIN_ROWS
+from tests.runs import logs, quick, words
 
 LOCKS = [*sorted((ROOT / "docker").glob("*.lock"))]
 DOCKERFILES = [ROOT / f"docker/stage{number}.Dockerfile" for number in STAGES]
@@ -87,6 +89,27 @@ def test_locks_when_made_again_then_are_the_same(tmp_path: Path) -> None:
     subprocess.run([ROOT / "docker/lock.sh", tmp_path], env=environment, check=True)
     assert len(LOCKS) == 5
     assert [file.name for file in LOCKS if (tmp_path / file.name).read_text() != file.read_text()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STAGES)
+def test_lock_when_installed_then_loads_its_own_stack_and_trains(number: int, tmp_path: Path) -> None:
+    locked = ROOT / f"docker/stage{number}.lock"
+    flags = words(
+        quick(data_path=TRAIN_ROWS, output_dir=tmp_path / "run", stage=number, max_steps=2, eval_strategy="no", save_strategy="no")
+    )
+    with TemporaryDirectory() as folder:  # 6 GB
+        python, environment = f"{folder}/bin/python", {"UV_CACHE_DIR": f"{folder}/cache", **os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(
+            [TOOLS / "uv", "venv", "--quiet", "--python", sys.executable, "--allow-existing", folder], env=environment, check=True
+        )
+        sync = [TOOLS / "uv", "pip", "sync", "--quiet", "--python", python, "--require-hashes", locked]
+        subprocess.run(sync, env=environment, check=True)
+        loaded = subprocess.run([python, "-m", "surefoot.doctor.pinned", locked], env=environment, capture_output=True, text=True)
+        assert loaded.stdout.startswith(f"stack as pinned: torch {WANTED[number]['torch']}, CUDA {WANTED[number]['CUDA']}."), loaded.stderr
+        done = subprocess.run([python, ROOT / "finetune.py", *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(logs(tmp_path / "run", "loss")) == 2
 
 
 @pytest.mark.parametrize("number", STAGES)

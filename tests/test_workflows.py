@@ -6,14 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, TRAIN_ROWS
 
-SCRIPTS = sorted([*(ROOT / "workflows").glob("*.sh"), *(ROOT / "scripts").glob("*.sh")])
 QUICK = "--max_steps=2 --batch_size=8 --eval_strategy=no --save_strategy=no --val_set_size=0"
 
 
@@ -24,13 +22,6 @@ def batch(content: str, folder: Path, python: Path) -> subprocess.CompletedProce
     return subprocess.run(
         ["bash", str(ROOT / "workflows/batch_process.sh"), str(file)], env=env, capture_output=True, text=True, timeout=300
     )
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_script_when_checked_then_shellcheck_finds_nothing(path: Path) -> None:
-    shellcheck = Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([str(shellcheck), str(path)], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.slow

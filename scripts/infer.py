@@ -99,14 +99,9 @@ def _check(flags: Flags) -> None:
 
 
 def _source(flags: Flags) -> Any:
-    from surefoot import inference, run_file
+    from surefoot import inference
 
-    adapter = flags.lora_weights
-    if flags.config and not adapter:
-        adapter = str(run_file.read(flags.config).get("output_dir", "./output"))
-    source = inference.find(
-        flags.base_model, adapter, flags.prompt_style, "int8" if flags.load_8bit else "nf4" if flags.load_4bit else None
-    )
+    source = inference.find_asked(flags)
     if flags.weights != "adapter" and source.adapter is None:
         raise UsageError(f"--weights={flags.weights}: {source.name()} is a whole model, not an adapter. Leave --weights out")
     return source

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from surefoot.errors import SurefootError, UsageError
+from surefoot.json_file import read_json
 from surefoot.plan import AdapterPlan, ModelPlan
 from surefoot.verdicts import SDPA_KERNELS
 
@@ -68,12 +69,9 @@ def read(folder: Path) -> Kept:
     """
     content = []
     for path in (folder / "record.json", folder.parent.parent / "run.json"):
-        try:
-            content.append(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UsageError(f"{folder} is no kept step: {path} is missing. Give a folder such as RUN/bad_steps/step-12") from None
-        except ValueError as error:
-            raise UsageError(f"{path} is damaged ({error})") from None
+        content.append(read_json(path))
+        if not content[-1]:
+            raise UsageError(f"{folder} is no kept step: {path} is missing. Give a folder such as RUN/bad_steps/step-12")
     files = tuple(sorted(folder.glob("batch-*.safetensors")))
     if not files:
         raise UsageError(f"{folder} holds no batch-*.safetensors")

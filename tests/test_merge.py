@@ -109,7 +109,7 @@ def test_everything_beside_the_weights_when_merged_then_is_carried_over(trained:
     meta = json.loads((tmp_path / "out/surefoot_meta.json").read_text())
     assert meta["adapter"]["method"] == "DoRA"
     assert meta["base"]["merged_onto"] == "none"
-    assert meta["run"]["data_fingerprint"] == json.loads((run / "run.json").read_text())["data"]["fingerprint"]
+    assert meta["run"]["data"]["fingerprint"] == json.loads((run / "run.json").read_text())["data"]["fingerprint"]
     assert meta["parity"].startswith("not checked")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from surefoot.artifacts import META
 from surefoot.errors import UsageError
 
 REFUSED = ".refused"  # appended to the name of what was written but failed its parity verdict
@@ -23,10 +24,8 @@ def check(out: Path, *, overwrites: bool) -> None:
         return
     if not overwrites:
         raise UsageError(f"--out={out} exists: give --overwrite, or another --out")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "surefoot_meta.json").is_file()):
-        raise UsageError(
-            f"--out={out} is nothing that this program exported (no surefoot_meta.json): remove it yourself, or give another --out"
-        )
+    if not out.is_dir() or (any(out.iterdir()) and not (out / META).is_file()):
+        raise UsageError(f"--out={out} is nothing that this program exported (no {META}): remove it yourself, or give another --out")
 
 
 @contextmanager

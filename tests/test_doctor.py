@@ -21,7 +21,7 @@ from surefoot.doctor.check import VERDICTS, Check
 from surefoot.doctor.gpus import Smi
 from surefoot.doctor.stack import Library
 from tests.conftest import ROOT
-from tests.test_doctor_judging import CPU
+from tests.stacks import CPU
 
 Run = subprocess.CompletedProcess[str]
 SMI = """#!/bin/sh

@@ -9,11 +9,13 @@ the band: MARGIN times that, rounded up to one digit. surefoot/export/parity.py 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,48 +62,55 @@ def adapted(folder: Path, shape: tuple[int, int, int], *, is_dora: bool) -> Path
     return folder / "run"
 
 
-def measure(name: str, run: Path, folder: Path, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Every format of the adapter, then the wrong merges in bf16."""
-    from safetensors.torch import load_file, save_file
-
+def measure(name: str, run: Path, folder: Path, known: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """A row for every format of the adapter and for the wrong merges in bf16, less the `known` (format, what is wrong)."""
     from surefoot.export import formats, source, story
     from surefoot.export.judge import Subject
 
     found = source.read(str(run))
-    for dtype in ("fp32", "fp16", "bf16"):
-        out = folder / f"{name}-{dtype}"
-        story.merge_adapter(found, story.Job(out, dtype, True, False, "", 4 << 30), lambda _: None)
-        tell(judged(name, dtype, "", found, Subject(out, dtype)))
+    merged = {dtype: folder / f"{name}-{dtype}" for dtype in ("fp32", "fp16", "bf16")}
+    for dtype, out in merged.items():
+        if (dtype, "") not in known:
+            story.merge_adapter(found, story.Job(out, dtype, True, False, "", 4 << 30), lambda _: None)
+            yield judged(name, "", found, Subject(out, dtype))
     for form in ("gguf-q8_0", "bnb-4bit"):
-        out = folder / f"{name}-{form}"
-        formats.of_adapter(found, formats.Job(out, form, True, False, "", ""), lambda _: None)
-        file = next((path.name for path in out.glob("*.gguf")), None)
-        tell(judged(name, formats.BAND_OF[form], "", found, Subject(out, formats.BAND_OF[form], file, folder / f"{name}-bf16")))
+        band, out = formats.BAND_OF[form], folder / f"{name}-{form}"
+        if (band, "") not in known:
+            formats.of_adapter(found, formats.Job(out, form, True, False, "", ""), lambda _: None)
+            file = next((path.name for path in out.glob("*.gguf")), None)
+            yield judged(name, "", found, Subject(out, band, file, merged["bf16"]))
+    for what in WRONG:
+        if ("bf16", what) not in known and (spoilt := spoiled(run, what, folder / f"{name}-spoilt")):
+            onto = "seen" if found.onto == "none" else found.onto
+            out = folder / f"{name}-wrong"
+            story.merge_adapter(source.read(str(spoilt), onto=onto), story.Job(out, "bf16", True, False, "", 4 << 30), lambda _: None)
+            yield judged(name, what, found, Subject(out, "bf16"))
+
+
+def spoiled(run: Path, what: str, folder: Path) -> Path | None:
+    """The adapter with what is wrong done to it; None where it has nothing of the kind."""
+    from safetensors.torch import load_file, save_file
+
     tensors = load_file(run / "adapter_model.safetensors")
-    for what, change in WRONG.items():
-        changed = change(tensors)
-        if what == "magnitude lost" and len(changed) == len(tensors):
-            continue
-        spoilt = folder / f"{name}-spoilt"
-        shutil.rmtree(spoilt, ignore_errors=True)
-        shutil.copytree(run, spoilt, ignore=shutil.ignore_patterns("checkpoint-*", "backend.json", "run.json", "merged-*"))
-        if len(changed) < len(tensors):
-            config = json.loads((spoilt / "adapter_config.json").read_text())
-            (spoilt / "adapter_config.json").write_text(json.dumps(config | {"use_dora": False}))
-        save_file(changed, spoilt / "adapter_model.safetensors")
-        out = folder / f"{name}-wrong"
-        onto = "seen" if found.onto == "none" else found.onto
-        story.merge_adapter(source.read(str(spoilt), onto=onto), story.Job(out, "bf16", True, False, "", 4 << 30), lambda _: None)
-        tell(judged(name, "bf16", what, found, Subject(out, "bf16")))
+    changed = WRONG[what](tensors)
+    if what == "magnitude lost" and len(changed) == len(tensors):
+        return None
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoint-*", "backend.json", "run.json", "merged-*"))
+    if len(changed) < len(tensors):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": False}))
+    save_file(changed, folder / "adapter_model.safetensors")
+    return folder
 
 
-def judged(name: str, form: str, what: str, found: Any, subject: Any) -> dict[str, Any]:
+def judged(name: str, what: str, found: Any, subject: Any) -> dict[str, Any]:
     from surefoot.export import judge
 
     record = judge.of_adapter(found, subject).record
     (numbers,) = record["against"].values()
     kept = {key: float(f"{numbers[key]:.3g}") if isinstance(numbers[key], float) else numbers[key] for key in KEPT}
-    return {"model": name, "method": found.method, "format": form, "wrong": what, **kept}
+    return {"model": name, "method": found.method, "format": subject.format, "wrong": what, **kept}
 
 
 def bands(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -136,27 +145,26 @@ def outside(rows: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, str]
 
 
 def bench(folder: str, *runs: str, out: str) -> None:
-    """Measures what `out` lacks, a model at a time."""
+    """Measures what `out` lacks, an export at a time."""
     from surefoot import machine, runtime
 
     runtime.quiet()
     place, kept, here = Path(folder), Path(out), machine.probe()
     place.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = json.loads(kept.read_text())["rows"] if kept.is_file() else []
-    made: dict[str, Callable[[], Path]] = {Path(run).name: lambda run=run: Path(run) for run in runs}  # type: ignore[misc]
-    for (name, shape), is_dora in ((pair, is_dora) for pair in SHAPES.items() for is_dora in (False, True)):
+    made: dict[str, Callable[[], Path]] = {Path(run).name: partial(Path, run) for run in runs}
+    for (name, shape), is_dora in itertools.product(SHAPES.items(), (False, True)):
         title = f"{name}-{'dora' if is_dora else 'lora'}"
-        made[title] = lambda title=title, shape=shape, is_dora=is_dora: adapted(place / title, shape, is_dora=is_dora)  # type: ignore[misc]
+        made[title] = partial(adapted, place / title, shape, is_dora=is_dora)
     for name, make in made.items():
-        if any(row["model"] == name for row in rows):
-            continue
-        fresh: list[dict[str, Any]] = []
-        measure(name, make(), place, lambda row, fresh=fresh: print(json.dumps(row), flush=True) or fresh.append(row))  # type: ignore[misc]
-        rows += fresh
-        found = bands(rows)
-        machine_record = {"gpu": here.gpu.name if here.gpu else None, "cpu": here.cpu_name, "versions": here.versions}
-        record = {"margin": MARGIN, "machine": machine_record, "bands": found, "wrong_merges_outside": outside(rows, found), "rows": rows}
-        kept.write_text(json.dumps(record, indent=1) + "\n")
+        known = {(row["format"], row["wrong"]) for row in rows if row["model"] == name}
+        for row in measure(name, make(), place, known):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+            found = bands(rows)
+            record = {"margin": MARGIN, "machine": {"gpu": here.gpu.name if here.gpu else None, "cpu": here.cpu_name}}
+            record |= {"versions": here.versions, "bands": found, "wrong_merges_outside": outside(rows, found), "rows": rows}
+            kept.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

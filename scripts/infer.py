@@ -128,6 +128,9 @@ def _batch(flags: Flags, opened: Any, sampling: Any, job: Any) -> None:
     began, done, tokens = time.monotonic(), 0, 0
     settings = {"weights": flags.weights, "system": flags.system, "seed": flags.seed, "batch_size": flags.batch_size}
     remaining = answering.start(job, opened, sampling, settings)
+    if remaining == 0:
+        print(f"all {len(job.rows):,} rows are answered already: {job.out}. Remove it to have them answered anew")
+        return
     if remaining < len(job.rows):
         print(f"{len(job.rows) - remaining:,} of {len(job.rows):,} rows are already in {job.out}; going on", file=sys.stderr)
     with script.progress(remaining, "answering") as tick:

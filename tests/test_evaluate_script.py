@@ -61,7 +61,7 @@ def test_evaluate_when_given_the_older_recipes_flags_then_scores_the_task_and_re
     assert right == boolq["scores"]["trained"]["accuracy"]["correct"]
     assert "rows put right by training" in done.stdout
     assert str(run_folder / "report.html") in done.stdout
-    assert "<td>boolq</td>" in (run_folder / "report.html").read_text()
+    assert '<td class="plain">boolq</td>' in (run_folder / "report.html").read_text()
 
 
 def test_evaluate_when_split_is_val_then_takes_the_rows_the_run_held_out(run_folder: Path, tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ USAGE = f"""\
 {__doc__}
 Prompts are those of the run's own training (run.json). A model trained on single questions gets each question alone; one trained on
 conversations gets the conversation so far. DoRA's factor is computed once, at the start (surefoot/ops/served.py).
---input_file: rows with prompt, instruction (and input), user (and system), or messages; json, jsonl, csv or parquet. Each line of
---output_file has the row's place, the output, its tokens, and whether it ended (end) or met --max_new_tokens (length).
+--input_file: rows with prompt, instruction (and input), user (and system), messages, or input alone (a whole prompt, as
+render_template.py writes it); json, jsonl, csv or parquet. Each line of --output_file has the row's place, the output, its tokens, and
+whether it ended (end) or met --max_new_tokens (length).
 Exit codes: 0 done; 2 usage; 3 rows that cannot be read; 5 a model or a library refused."""
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,12 @@ def leftovers(run_folder: Path) -> list[Path]:
 def home(folder: Path) -> Path:
     """The run folder that a checkpoint lies in; any other folder itself."""
     return folder.parent if folder.name.startswith("checkpoint-") else folder
+
+
+def share(folder: Path) -> None:
+    """Gives the folder's weights the mode of its config: safetensors 0.8 lets none but their owner read them (its issue 782)."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(stat.S_IMODE(next(folder.glob("*config.json")).stat().st_mode))
 
 
 class Found(NamedTuple):

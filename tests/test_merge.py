@@ -128,6 +128,8 @@ def test_everything_beside_the_weights_when_merged_then_is_carried_over(trained:
     merge(run, tmp_path / "out", "fp16")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (run / name).read_bytes()
+    modes = {file.stat().st_mode for folder in (run, tmp_path / "out") for file in folder.iterdir() if file.is_file()}
+    assert len(modes) == 1  # whoever may read the config may read the weights
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert generation["eos_token_id"] == 4081
     assert {tensor.dtype for tensor in saved(tmp_path / "out").values()} == {torch.float16}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from surefoot import checkpoint
 from surefoot.artifacts import META
 from surefoot.errors import UsageError
 
@@ -36,6 +37,7 @@ def staged(out: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
+        checkpoint.share(temporary)
         _put(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,9 +2,10 @@
 
 python benchmarks/export_bands.py FOLDER [RUN ...] --out=benchmarks/results/export_bands_cpu.json    # again to go on after a stop
 
-FOLDER takes models of random weights in several shapes, with LoRA and with DoRA; each RUN is a run folder of finetune.py to measure too.
+FOLDER takes models of random weights in several shapes, with LoRA and with DoRA; each RUN is a run folder of finetune.py to measure too,
+and to merge wrongly (random adapters change so little that a wrong merge of one is no worse than its rounding).
 --out gets a row for each export (model, format, what was done to it, the parity numbers) and, by format, the largest of the right ones and
-the band: MARGIN times that, or times FLOOR where that is more, rounded up to one digit. surefoot/export/parity.py holds these bands, and a
+the band: MARGIN times that, or times FLOOR where that is more, rounded up to two digits. surefoot/export/parity.py holds these bands, and a
 test compares the two.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-MARGIN = 4
+MARGIN = {"fp32": 4, "fp16": 4, "bf16": 4, "q8_0": 4, "nf4": 1.5}  # NF4 rounds by as much as a wrong merge changes: little room is left
 # fp32 exports differ by the order of their sums alone, which grows with a model's width and depth; no wrong merge is below 100 times these
 FLOOR = {"relative_max": 1e-4, "kl_mean": 1e-7}
 SMALL = ROOT / "examples/small_model"
@@ -65,7 +66,7 @@ def adapted(folder: Path, shape: tuple[int, int, int], *, is_dora: bool) -> Path
 
 
 def measure(name: str, run: Path, folder: Path, known: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    """A row for every format of the adapter and for the wrong merges in bf16, less the `known` (format, what is wrong)."""
+    """A row for every format of the adapter and, where it was trained, for the wrong merges in bf16, less the `known` (format, wrong)."""
     from surefoot.export import formats, source, story
     from surefoot.export.judge import Subject
 
@@ -81,7 +82,7 @@ def measure(name: str, run: Path, folder: Path, known: set[tuple[str, str]]) -> 
             formats.of_adapter(found, formats.Job(out, form, True, False, "", ""), lambda _: None)
             file = next((path.name for path in out.glob("*.gguf")), None)
             yield judged(name, "", found, Subject(out, band, file, merged["bf16"]))
-    for what in WRONG:
+    for what in WRONG if found.record else ():
         if ("bf16", what) not in known and (spoilt := spoiled(run, what, folder / f"{name}-spoilt")):
             onto = "seen" if found.onto == "none" else found.onto
             out = folder / f"{name}-wrong"
@@ -125,15 +126,15 @@ def bands(rows: list[dict[str, Any]]) -> dict[str, Any]:
         found[form] = {
             "models": len(own),
             "largest": largest,
-            "band": {key: rounded_up(MARGIN * max(value, FLOOR[key])) for key, value in largest.items()},
+            "band": {key: rounded_up(MARGIN[form] * max(value, FLOOR[key])) for key, value in largest.items()},
         }
     return found
 
 
 def rounded_up(value: float) -> float:
-    """To one digit."""
-    unit = 10.0 ** math.floor(math.log10(value))
-    return float(f"{math.ceil(value / unit - 1e-9) * unit:.0e}")
+    """To two digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.1e}")
 
 
 def outside(rows: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, str]:

@@ -34,7 +34,7 @@ def of_source(source: Source) -> dict[str, Any]:
 
 def of_run(record: dict[str, Any]) -> dict[str, Any]:
     """What inference and evaluation read of run.json, in its own form: above all the prompt that the model was trained with."""
-    if not record:
+    if "plan" not in record:
         return {}
     plan = {name: record["plan"][name] for name in ("model", "adapter", "data", "train")}
     return {"run": {name: record[name] for name in RUN if name in record} | {"plan": plan}}

@@ -98,7 +98,7 @@ def _export(folder: Path, found: Source | None, record: dict[str, Any], job: Job
             file = f"{job.out.name}.{job.form.removeprefix('gguf-').upper()}.gguf"
             _to_gguf(folder, staged / file, job)
         size = sum(part.stat().st_size for part in staged.iterdir() if part.is_file())
-        say(f"wrote {job.form}, {size / 2**30:.2f} GiB")
+        say(f"wrote {job.form}, {size / 2**20:,.0f} MiB")
         verdict = _verdict(folder, found, Subject(staged, BAND_OF[job.form], file, folder, trusts), job) if job.checks_parity else None
         origin = records.of_source(found) if found else {"model": {"path": str(folder.resolve())}, **records.of_run(record)}
         records.write(staged, verdict, format=job.form, **origin)

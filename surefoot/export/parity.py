@@ -22,7 +22,7 @@ class Band(NamedTuple):
 
 
 # Measured: 4 times (NF4: 1.5 times) the largest difference that the format's rounding alone made to the exports of LoRA, DoRA and QDoRA
-# adapters on models of 4 to 30 layers; rule and numbers are benchmarks/export_bands.py's and benchmarks/results/export_bands_cpu.json's
+# adapters on models of 4 to 24 layers; rule and numbers are benchmarks/export_bands.py's and benchmarks/results/export_bands_cpu.json's
 BANDS = {
     "fp32": Band(0.0004, 4e-07),
     "fp16": Band(0.0029, 3e-06),

@@ -42,7 +42,7 @@ def merge_adapter(found: Source, job: Job, say: Say) -> None:
     with place.staged(job.out) as folder:
         written = list(told(merge.write(work, folder, shard_bytes=job.shard_bytes), len(merge.outputs(work)), "merged", "tensor"))
         done = merge.finish(work, folder)
-        say(f"wrote {len(written)} tensors, {done.merged} of them merged, {sum(output.size for output in written) / 2**30:.2f} GiB")
+        say(f"wrote {len(written)} tensors, {done.merged} of them merged, {sum(output.size for output in written) / 2**20:,.0f} MiB")
         for note in done.notes:
             say(f"note: {note}")
         del work

@@ -65,29 +65,29 @@ def adapted(folder: Path, shape: tuple[int, int, int], *, is_dora: bool) -> Path
     return folder / "run"
 
 
-def measure(name: str, run: Path, folder: Path, known: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+def measure(name: str, run: Path, folder: Path, known: set[tuple[str, str]], prompts: str) -> Iterator[dict[str, Any]]:
     """A row for every format of the adapter and, where it was trained, for the wrong merges in bf16, less the `known` (format, wrong)."""
     from surefoot.export import formats, source, story
     from surefoot.export.judge import Subject
 
     found = source.read(str(run))
-    merged = {dtype: folder / f"{name}-{dtype}" for dtype in ("fp32", "fp16", "bf16")}
+    merged = {dtype: folder / f"{name}-{dtype}" for dtype in ("bf16", "fp16", "fp32")}
     for dtype, out in merged.items():
         if (dtype, "") not in known:
             story.merge_adapter(found, story.Job(out, dtype, True, False, "", 4 << 30), lambda _: None)
-            yield judged(name, "", found, Subject(out, dtype))
+            yield judged(name, "", found, Subject(out, dtype), prompts)
     for form in ("gguf-q8_0", "bnb-4bit"):
         band, out = formats.BAND_OF[form], folder / f"{name}-{form}"
         if (band, "") not in known:
             formats.of_adapter(found, formats.Job(out, form, True, False, "", ""), lambda _: None)
             file = next((path.name for path in out.glob("*.gguf")), None)
-            yield judged(name, "", found, Subject(out, band, file, merged["bf16"]))
+            yield judged(name, "", found, Subject(out, band, file, merged["bf16"]), prompts)
     for what in WRONG if found.record else ():
         if ("bf16", what) not in known and (spoilt := spoiled(run, what, folder / f"{name}-spoilt")):
             onto = "seen" if found.onto == "none" else found.onto
             out = folder / f"{name}-wrong"
             story.merge_adapter(source.read(str(spoilt), onto=onto), story.Job(out, "bf16", True, False, "", 4 << 30), lambda _: None)
-            yield judged(name, what, found, Subject(out, "bf16"))
+            yield judged(name, what, found, Subject(out, "bf16"), prompts)
 
 
 def spoiled(run: Path, what: str, folder: Path) -> Path | None:
@@ -107,10 +107,10 @@ def spoiled(run: Path, what: str, folder: Path) -> Path | None:
     return folder
 
 
-def judged(name: str, what: str, found: Any, subject: Any) -> dict[str, Any]:
+def judged(name: str, what: str, found: Any, subject: Any, prompts: str) -> dict[str, Any]:
     from surefoot.export import judge
 
-    record = judge.of_adapter(found, subject).record
+    record = judge.of_adapter(found, subject, prompts).record
     (numbers,) = record["against"].values()
     kept = {key: float(f"{numbers[key]:.3g}") if isinstance(numbers[key], float) else numbers[key] for key in KEPT}
     return {"model": name, "method": found.method, "format": subject.format, "wrong": what, **kept}
@@ -147,8 +147,8 @@ def outside(rows: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, str]
     return told
 
 
-def bench(folder: str, *runs: str, out: str) -> None:
-    """Measures what `out` lacks, an export at a time."""
+def bench(folder: str, *runs: str, out: str, prompts: str = "") -> None:
+    """Measures what `out` lacks, an export at a time; `prompts`: a file of fewer prompts than the 32, for a large model on a CPU."""
     from surefoot import runtime
 
     runtime.quiet()
@@ -161,7 +161,7 @@ def bench(folder: str, *runs: str, out: str) -> None:
         made[title] = partial(adapted, place / title, shape, is_dora=is_dora)
     for name, make in made.items():
         known = {(row["format"], row["wrong"]) for row in rows if row["model"] == name}
-        for row in measure(name, make(), place, known):
+        for row in measure(name, make(), place, known, prompts):
             print(json.dumps(row), flush=True)
             rows.append(row)
             write(kept, rows)

@@ -26,8 +26,9 @@ USAGE = f"""\
 {__doc__}
 Prompts are those of the run's own training (run.json). A model trained on single questions gets each question alone; one trained on
 conversations gets the conversation so far. DoRA's factor is computed once, at the start (surefoot/ops/served.py).
---input_file: rows with prompt, instruction (and input), user (and system), or messages; json, jsonl, csv or parquet. Each line of
---output_file has the row's place, the output, its tokens, and whether it ended (end) or met --max_new_tokens (length).
+--input_file: rows with prompt, instruction (and input), user (and system), messages, or input alone (a whole prompt, as
+render_template.py writes it); json, jsonl, csv or parquet. Each line of --output_file has the row's place, the output, its tokens, and
+whether it ended (end) or met --max_new_tokens (length).
 Exit codes: 0 done; 2 usage; 3 rows that cannot be read; 5 a model or a library refused."""
 
 
@@ -99,14 +100,9 @@ def _check(flags: Flags) -> None:
 
 
 def _source(flags: Flags) -> Any:
-    from surefoot import inference, run_file
+    from surefoot import inference
 
-    adapter = flags.lora_weights
-    if flags.config and not adapter:
-        adapter = str(run_file.read(flags.config).get("output_dir", "./output"))
-    source = inference.find(
-        flags.base_model, adapter, flags.prompt_style, "int8" if flags.load_8bit else "nf4" if flags.load_4bit else None
-    )
+    source = inference.find_asked(flags)
     if flags.weights != "adapter" and source.adapter is None:
         raise UsageError(f"--weights={flags.weights}: {source.name()} is a whole model, not an adapter. Leave --weights out")
     return source
@@ -133,6 +129,9 @@ def _batch(flags: Flags, opened: Any, sampling: Any, job: Any) -> None:
     began, done, tokens = time.monotonic(), 0, 0
     settings = {"weights": flags.weights, "system": flags.system, "seed": flags.seed, "batch_size": flags.batch_size}
     remaining = answering.start(job, opened, sampling, settings)
+    if remaining == 0:
+        print(f"all {len(job.rows):,} rows are answered already: {job.out}. Remove it to have them answered anew")
+        return
     if remaining < len(job.rows):
         print(f"{len(job.rows) - remaining:,} of {len(job.rows):,} rows are already in {job.out}; going on", file=sys.stderr)
     with script.progress(remaining, "answering") as tick:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surefoot import checkpoint
-from surefoot.config import Config
+from surefoot.config import PROMPT_STYLES, Config
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
@@ -149,9 +149,9 @@ def _check_data(flag: str, path: str, problems: list[str]) -> None:
 
 
 def _check_prompt(style: str, problems: list[str]) -> None:
-    if style in ("auto", "alpaca", "alpaca_indented", "chat") or Path(style).is_file():
+    if style in PROMPT_STYLES or Path(style).is_file():
         return
-    problems.append(f"--prompt_style={style} is neither auto, alpaca, alpaca_indented, chat, nor a Jinja file that exists")
+    problems.append(f"--prompt_style={style} is neither {', '.join(PROMPT_STYLES)}, nor a Jinja file that exists")
 
 
 def _check_checkpoint(flag: str, folder: Path, problems: list[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 
+from surefoot import checkpoint
 from surefoot.errors import NumericsError
 from surefoot.training import bad_steps, engines, guard
 from surefoot.training.bad_steps import Culprit, Report
@@ -200,3 +201,4 @@ class SurefootTrainer(ResumableTrainer):
             self.model.save_pretrained(folder, state_dict=state_dict)
             self.model.config.use_cache = False
         self.processing_class.save_pretrained(folder)
+        checkpoint.share(folder)

@@ -1,7 +1,7 @@
-"""python -m surefoot.launcher WORDS OF ACCELERATE LAUNCH: the same, with the run's own exit code, and signals that reach the run.
+"""python -m surefoot.launcher WORDS: accelerate launch with the run's own exit code (surefoot.launch, for schedulers, ends here).
 
-accelerate launch (1.15) answers whatever a run's processes say with exit code 1, lets SIGUSR1 kill it and leave them behind, and gives
-them 30 s after SIGTERM. Here the first SIGTERM, SIGINT or SIGUSR1 becomes a stop file that the processes look for in each step, and a
+WORDS are accelerate launch's own. It (1.15) answers whatever a run's processes say with exit code 1, lets SIGUSR1 kill it and leave them
+behind, and gives them 30 s after SIGTERM. Here the first SIGTERM, SIGINT or SIGUSR1 becomes a stop file that the processes look for in each step, and a
 second one kills them.
 """
 

@@ -8,11 +8,14 @@ on GPUs, in deterministic mode.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import json
 import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,9 +23,9 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.conftest import TRAIN_ROWS
+from tests.conftest import ROOT, TRAIN_ROWS
 from tests.torture.blow import PLACES, Blow, name_of, run
-from tests.torture.cells import BF16_CELLS, CELLS, COMMON, ROWS, Cell
+from tests.torture.cells import CELLS, COMMON, EVERY_CELL, ROWS, Cell
 from tests.torture.compare import differences, reached, resumed_at
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -62,6 +65,7 @@ def attempt(cell: Cell, argv: list[str], blow: Blow | None, folder: Path) -> lis
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    environment(cell.profile)  # asked once, before any fork
     children = [_fork(cell, argv, rank, blow, folder, port) for rank in range(cell.processes)]
     codes: dict[int, int] = {}
     deadline, told = time.monotonic() + LIMIT_S, False
@@ -91,7 +95,7 @@ def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Pat
         if cell.processes > 1:
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cell.processes), "LOCAL_WORLD_SIZE": str(cell.processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": str(not ON_GPU),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment(cell.profile),
             }  # fmt: skip
         code = run(argv, rank, blow, folder / f"rows-of-rank-{rank}.jsonl")
     except SystemExit as left:
@@ -103,6 +107,18 @@ def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Pat
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+@functools.cache
+def environment(profile: str | None) -> dict[str, str]:
+    """What accelerate's launcher makes of a profile, as its processes find it."""
+    if profile is None:
+        return {"ACCELERATE_USE_CPU": str(not ON_GPU)}
+    words = ["-m", "accelerate.commands.launch", "--config_file", ROOT / f"profiles/{profile}.yaml", "--num_processes", 2]
+    words += ["--main_process_port", 0, Path(__file__).with_name("tell.py")]
+    said = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=True).stdout
+    variables: dict[str, str] = json.loads(said.splitlines()[-1])
+    return variables
 
 
 def draw(rng: random.Random, cell: Cell) -> Blow:
@@ -166,7 +182,7 @@ def main() -> int:
     rows = home / "rows.jsonl"
     home.mkdir(parents=True, exist_ok=True)
     rows.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:ROWS]) + "\n")
-    rng, cells = random.Random(asked.seed), [cell for cell in (*CELLS, *BF16_CELLS) if cell.name in asked.cells]
+    rng, cells = random.Random(asked.seed), [cell for cell in EVERY_CELL if cell.name in asked.cells]
     began, totals = time.monotonic(), {cell.name: [0, 0, 0] for cell in cells}
     problems: list[str] = []
     while sum(total[0] for total in totals.values()) < asked.kills and time.monotonic() - began < asked.seconds:

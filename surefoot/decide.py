@@ -75,6 +75,7 @@ def stamp(plan: Plan) -> dict[str, Any]:
             "rslora": adapter.use_rslora,
             "target_modules": list(adapter.target_modules) if adapter.target_modules else None,
         },
+        "engine": plan.machine.strategy,
         "world_size": plan.machine.world_size,
         "batch_size": plan.train.batch_size,
         "group_by_length": plan.train.group_by_length,

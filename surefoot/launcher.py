@@ -1,8 +1,8 @@
 """python -m surefoot.launcher WORDS: accelerate launch with the run's own exit code (surefoot.launch, for schedulers, ends here).
 
 WORDS are accelerate launch's own. It (1.15) answers whatever a run's processes say with exit code 1, lets SIGUSR1 kill it and leave them
-behind, and gives them 30 s after SIGTERM. Here the first SIGTERM, SIGINT or SIGUSR1 becomes a stop file that the processes look for in each step, and a
-second one kills them.
+behind, and gives them 30 s after SIGTERM. Here the first SIGTERM, SIGINT or SIGUSR1 becomes a stop file that the processes look for in
+each step, and a second one kills them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from surefoot.errors import Preempted
-from surefoot.signals import ECHO_S, STOPS
-
-VARIABLE = "SUREFOOT_STOP_FILE"
+from surefoot.signals import ECHO_S, STOP_FILE, STOPS
 
 
 def main(words: list[str]) -> int:
@@ -29,9 +27,9 @@ def main(words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    given = os.environ.get(VARIABLE)
+    given = os.environ.get(STOP_FILE)
     file = Path(given) if given else Path(tempfile.mkdtemp(prefix="surefoot-stop-")) / "stop"
-    os.environ[VARIABLE] = str(file)
+    os.environ[STOP_FILE] = str(file)
     asked = _pass_on_signals(file)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torchrun's own handlers would replace those made here
     try:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
-from surefoot.errors import Preempted
+from surefoot.errors import BackendError, Preempted
 from surefoot.signals import ECHO_S, STOP_FILE, STOPS
 
 
@@ -41,6 +41,9 @@ def main(words: list[str]) -> int:
         return exit_code([error.returncode], was_asked=bool(asked))
     except SignalException as error:
         return 128 + error.sigval
+    except ConnectionError as error:  # of several machines; on one of them accelerate looks for a free port itself
+        print(f"surefoot.launcher: --main_process_port: {str(error).splitlines()[0]}", file=sys.stderr)
+        return BackendError.exit_code
     finally:
         file.unlink(missing_ok=True)  # obeyed; it must not stop the next start
     return 0

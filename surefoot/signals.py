@@ -76,9 +76,7 @@ def _write(text: str) -> None:
 def tell_of_launcher() -> None:
     """Rank 0 says what torchrun, under accelerate launch or by itself, makes of exit code 75. Ours passes it on."""
     if os.environ.get("RANK") == "0" and "TORCHELASTIC_RUN_ID" in os.environ and STOP_FILE not in os.environ:
-        _write(
-            "this launcher answers 1 to the exit code 75 that says so: `python -m surefoot.launcher` in place of `accelerate launch` passes it on"
-        )
+        _write("this launcher answers 1 to our exit code 75; `python -m surefoot.launcher` in place of `accelerate launch` passes it on")
 
 
 def ignore() -> None:

@@ -77,6 +77,20 @@ def test_error_when_the_port_is_taken_then_names_it_and_the_way_out(finetune: Ca
     assert "Traceback" not in done.stderr
 
 
+def test_launcher_when_the_port_of_several_machines_is_taken_then_says_so_and_exits_5() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ["--config_file", ROOT / "profiles/cpu_2proc.yaml", "--num_machines", 2, "--machine_rank", 0, "--num_processes", 4]
+        words += ["--main_process_ip", "127.0.0.1", "--main_process_port", port, ROOT / "finetune.py"]
+        command = [sys.executable, "-m", "surefoot.launcher", *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5, done.stderr
+    assert f"surefoot.launcher: --main_process_port: Tried to launch distributed communication on port `{port}`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_say_when_processes_fail_differently_then_the_first_is_heard_and_gives_the_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

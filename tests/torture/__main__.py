@@ -21,12 +21,13 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tests.conftest import ROOT, TRAIN_ROWS
 from tests.torture.blow import PLACES, Blow, name_of, run
 from tests.torture.cells import CELLS, COMMON, EVERY_CELL, ROWS, Cell
 from tests.torture.compare import differences, reached, resumed_at
+from tests.torture.report import COUNTS, add
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ON_GPU = bool(os.environ["CUDA_VISIBLE_DEVICES"])  # set empty by tests/conftest.py where it is not given
@@ -173,6 +174,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", nargs="*", default=[cell.name for cell in CELLS])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after so long")
+    parser.add_argument("--report", type=Path, help="JSON file that sums up all calls that name it")
+    parser.add_argument("--machine", default=f"{os.cpu_count()} CPU cores", help="for the report")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     asked = parser.parse_args()
     for name in () if ON_GPU else PRELOADED:  # some of them ask for GPUs, and CUDA does not survive a fork
@@ -183,25 +186,27 @@ def main() -> int:
     home.mkdir(parents=True, exist_ok=True)
     rows.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:ROWS]) + "\n")
     rng, cells = random.Random(asked.seed), [cell for cell in EVERY_CELL if cell.name in asked.cells]
-    began, totals = time.monotonic(), {cell.name: [0, 0, 0] for cell in cells}
-    problems: list[str] = []
-    while sum(total[0] for total in totals.values()) < asked.kills and time.monotonic() - began < asked.seconds:
-        cell = min(cells, key=lambda cell: totals[cell.name][0])
+    began, totals = time.monotonic(), {cell.name: dict.fromkeys(COUNTS, 0) for cell in cells}
+    while sum(total["kills"] for total in totals.values()) < asked.kills and time.monotonic() - began < asked.seconds:
+        cell = min(cells, key=lambda cell: totals[cell.name]["kills"])
         tally = torture(cell, [draw(rng, cell) for _ in range(BLOWS_A_RUN)], home, rows)
-        totals[cell.name] = [a + b for a, b in zip(totals[cell.name], tally[:3], strict=True)]
-        problems += tally.problems
+        found = dict(zip(COUNTS, (1, *tally[:3], len(tally.problems)), strict=True))
+        totals[cell.name] = {name: totals[cell.name][name] + count for name, count in found.items()}
         for problem in tally.problems:
             print(problem, flush=True)
-    _report(totals, problems, time.monotonic() - began)
-    return 1 if problems else 0
+        if asked.report:
+            add(asked.report, {cell.name: found}, asked.seed, asked.machine)
+    return _say(totals, time.monotonic() - began)
 
 
-def _report(totals: dict[str, Any], problems: list[str], seconds: float) -> None:
-    print(f"{'cell':<14}{'kills':>7}{'resumes':>9}{'lost steps':>12}")
-    for name, (kills, resumes, lost) in totals.items():
-        print(f"{name:<14}{kills:>7}{resumes:>9}{lost:>12}")
-    kills, resumes, lost = (sum(column) for column in zip(*totals.values(), strict=True))
-    print(f"{len(totals)} cells, {kills} kills, {resumes} resumes, {lost} lost steps, {len(problems)} mismatches, {seconds:.0f} s")
+def _say(totals: dict[str, dict[str, int]], seconds: float) -> int:
+    """The exit code."""
+    print(f"{'cell':<18}{'kills':>7}{'resumes':>9}{'lost steps':>12}{'mismatches':>12}")
+    for name, row in totals.items():
+        print(f"{name:<18}{row['kills']:>7}{row['resumes']:>9}{row['lost_steps']:>12}{row['mismatches']:>12}")
+    kills, resumes, lost, mismatches = (sum(row[name] for row in totals.values()) for name in COUNTS[1:])
+    print(f"{len(totals)} cells, {kills} kills, {resumes} resumes, {lost} lost steps, {mismatches} mismatches, {seconds:.0f} s")
+    return 1 if mismatches else 0
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""A checkpoint under another number of processes or another engine: refused by all of them alike, with the launcher that would be right."""
+"""A checkpoint under another number of processes or another engine, or whose files hold code: refused by all processes alike."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from surefoot import checkpoint
 from tests.conftest import ROOT
 from tests.runs import quick, words
 from tests.test_engines import NAMES, launch, why
@@ -61,3 +64,30 @@ def test_resume_when_processes_or_engine_changed_then_is_refused_with_the_launch
     assert f"engine {before} -> {now}" in done.stderr
     right = "under python;" if before == "single" else f"profiles/{NAMES.get(before, before)}.yaml --num_processes 2"
     assert right in done.stderr
+
+
+class Touch:
+    """What a pickle that runs code looks like: opening it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_resume_when_an_engines_file_holds_code_then_is_refused_and_not_run(
+    engine: str, trained: Callable[[str], dict[str, object]], tmp_path: Path
+) -> None:
+    flags = trained(engine)
+    good = Path(str(flags["output_dir"])) / "checkpoint-1"
+    evil = shutil.copytree(good, tmp_path / f"checkpoint-1{checkpoint.PARTIAL}")
+    (file,) = evil.glob("optimizer.bin" if engine == "fsdp2" else "*/*rank_0_*optim_states.pt")
+    torch.save({"state": Touch(tmp_path / "made")}, file)
+    checkpoint.publish(evil, tmp_path / "checkpoint-1", {"cursor": checkpoint.read_manifest(good)["cursor"]})
+    done = start(engine, {**flags, "output_dir": tmp_path / "run", "resume_from_checkpoint": tmp_path / "checkpoint-1"})
+    assert not (tmp_path / "made").exists()
+    assert re.findall(r"exitcode +: (-?\d+)", done.stderr) == ["5", "5"], done.stderr[-3000:]
+    assert done.stderr.count("checkpoint-1: a file holds more than tensors and numbers") == 1

@@ -78,6 +78,8 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
     if plan.output.resume_from is not None:
         trainer.restore(Path(plan.output.resume_from))
         read_torch_files_anywhere()
+        if plan.machine.engine == "deepspeed":
+            engines.know_deepspeeds_constants()
     health = trainer.parts["health"]
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
     reserved = gpu_memory.reserved_gib()

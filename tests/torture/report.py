@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 from tests.conftest import ROOT
 
@@ -22,19 +22,20 @@ def add(path: Path, cells: dict[str, dict[str, int]], seed: int, machine: str) -
         SystemExit: the report is of another machine or of other versions.
     """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    report = json.loads(path.read_text()) if path.exists() else {"machine": machine, "versions": versions, "cells": {}}
-    if (report["machine"], report["versions"]) != (machine, versions):
-        raise SystemExit(f"--report={path} is of {report['machine']} and {report['versions']}. Choose another file")
-    for name, counts in cells.items():
-        before = report["cells"].get(name, dict.fromkeys(COUNTS, 0))
-        report["cells"][name] = {count: before[count] + counts[count] for count in COUNTS}
-    total = {count: sum(cell[count] for cell in report["cells"].values()) for count in COUNTS}
-    facts = {"total": total, "seeds": _with(report, "seeds", seed), "dates": _with(report, "dates", str(datetime.date.today()))}
-    path.write_text(json.dumps({**report, **facts, "commits": _with(report, "commits", _commit())}, indent=2) + "\n")
-
-
-def _with(report: dict[str, Any], name: str, value: Any) -> list[Any]:
-    return list(dict.fromkeys([*report.get(name, []), value]))
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two calls may run side by side
+        file.seek(0)
+        report = json.loads(file.read() or json.dumps({"machine": machine, "versions": versions, "cells": {}}))
+        if (report["machine"], report["versions"]) != (machine, versions):
+            raise SystemExit(f"--report={path} is of {report['machine']} and {report['versions']}. Choose another file")
+        for name, counts in cells.items():
+            before = report["cells"].get(name, dict.fromkeys(COUNTS, 0))
+            report["cells"][name] = {count: before[count] + counts[count] for count in COUNTS}
+        report["total"] = {count: sum(cell[count] for cell in report["cells"].values()) for count in COUNTS}
+        for name, value in (("seeds", seed), ("dates", str(datetime.date.today())), ("commits", _commit())):
+            report[name] = list(dict.fromkeys([*report.get(name, []), value]))
+        file.truncate(0)
+        file.write(json.dumps(report, indent=2) + "\n")
 
 
 def _commit() -> str:

@@ -41,7 +41,8 @@ TURNS = {
     "rename": 20,
     "prune": 1,
     "last_save": 2,
-}  # in two or three steps
+}  # of one process in two or three steps
+OF_RANK_0 = ("manifest", "rename", "prune", "last_save")
 LIMIT_S = 120
 PRELOADED = (
     "finetune",
@@ -130,8 +131,8 @@ def draw(rng: random.Random, cell: Cell) -> Blow:
     """Mostly within the next few steps, so that a run meets many."""
     place = rng.choice(PLACES)
     number = rng.choice((signal.SIGKILL, signal.SIGKILL, *POLITE))
-    ranks = tuple(range(cell.processes)) if rng.random() < 0.5 else (rng.randrange(cell.processes),)
-    last_turn = TURNS[place] * rng.choice((1, 1, 1, 3))
+    ranks = tuple(range(cell.processes)) if rng.random() < 0.5 else (rng.randrange(1 if place in OF_RANK_0 else cell.processes),)
+    last_turn = -(-TURNS[place] // cell.processes) * rng.choice((1, 1, 1, 3))
     return Blow(place, rng.randint(1, last_turn), number, ranks)
 
 

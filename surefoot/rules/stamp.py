@@ -7,7 +7,7 @@ from typing import Any
 
 from surefoot.rules.launch import PROFILES
 
-LAUNCHED = {"engine", "world_size"}  # what the launcher decides
+LAUNCHED = {"engine", "offloads", "world_size"}  # what the launcher decides
 CHANGES_NUMBERS = (
     "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "triton", "flash-attn", "xformers",
     "unsloth", "unsloth_zoo",
@@ -43,7 +43,8 @@ def _launch(before: Mapping[str, Any]) -> str:
     engine, count = before.get("engine", "ddp"), before.get("world_size", 1)
     if count == 1 and engine in ("single", "ddp"):
         return "python"
-    return f"accelerate launch --config_file profiles/{PROFILES.get(engine, engine)}.yaml --num_processes {count}"
+    profile = "ds_zero3_offload" if before.get("offloads") else PROFILES.get(engine, engine)
+    return f"accelerate launch --config_file profiles/{profile}.yaml --num_processes {count}"
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

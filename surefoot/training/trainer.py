@@ -67,7 +67,7 @@ def _explained(plan: Plan, heartbeat: Heartbeat) -> Iterator[None]:
             ) from error
         if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no type of its own
             place = f"rank {heartbeat.rank} lost another process at step {heartbeat.step} in {heartbeat.phase}"
-            raise BackendError(f"{place} ({text}). What that one said last is the cause; {way_out}") from error
+            raise BackendError(f"{place} ({text.partition('. This is')[0]}). What that one said last is the cause; {way_out}") from error
         raise
 
 

@@ -1,4 +1,7 @@
-"""python -m surefoot.launch WORLD [--option value ...] -- FLAGS OF finetune.py: checks the flags, shows what it will run, and runs it."""
+"""python -m surefoot.launch WORLD [--option value ...] -- FLAGS OF finetune.py: checks the flags, shows what it will run, and runs it.
+
+The processes of one machine are started by surefoot.launcher, which node.sh calls.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,7 @@ def shown(ask: Ask) -> str:
 
 
 def help_text() -> str:
-    lines = [str(__doc__), "", f"worlds: {', '.join(WORLDS)}; docs/launch.md tells them apart", "", "options"]
+    lines = [str(__doc__).splitlines()[0], "", f"worlds: {', '.join(WORLDS)}; docs/launch.md tells them apart", "", "options"]
     for name, option in OPTIONS.items():
         worlds = option.metadata["worlds"]
         where = "" if len(worlds) == len(WORLDS) else f" ({', '.join(worlds)})"

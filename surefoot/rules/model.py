@@ -39,7 +39,8 @@ def precision(desk: Desk) -> Choice:
     if c.bf16 and m.gpu and m.gpu.capability < (8, 0):
         desk.problems.append(f"--bf16=True needs compute capability 8.0; {m.gpu.name} has {_version(m.gpu)}. Use --fp16=True")
     asked = "bf16" if c.bf16 else "fp16" if c.fp16 else "fp32" if c.bf16 is False or c.fp16 is False else None
-    if m.launcher_precision in ("bf16", "fp16") and asked not in (None, m.launcher_precision):
+    casts = m.engine in ("deepspeed", "fsdp")  # of those launch.profile_and_flags refuses any precision in the profile
+    if m.launcher_precision in ("bf16", "fp16") and asked not in (None, m.launcher_precision) and not casts:
         desk.problems.append(
             f"the launcher's profile says mixed_precision: {m.launcher_precision}, the flags say {asked}. "
             "Change one of them, or set mixed_precision: 'no' in the profile and let the flags decide"

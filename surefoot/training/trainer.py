@@ -67,7 +67,7 @@ def _explained(plan: Plan, heartbeat: Heartbeat) -> Iterator[None]:
             ) from error
         if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no type of its own
             place = f"rank {heartbeat.rank} lost another process at step {heartbeat.step} in {heartbeat.phase}"
-            raise BackendError(f"{place} ({text}). What that one said last is the cause; {way_out}") from error
+            raise BackendError(f"{place} ({text.partition('. This is')[0]}). What that one said last is the cause; {way_out}") from error
         raise
 
 
@@ -78,6 +78,8 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
     if plan.output.resume_from is not None:
         trainer.restore(Path(plan.output.resume_from))
         read_torch_files_anywhere()
+        if plan.machine.engine == "deepspeed":
+            engines.know_deepspeeds_constants()
     health = trainer.parts["health"]
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
     reserved, compiled = gpu_memory.reserved_gib(), compiling.so_far()

@@ -73,7 +73,7 @@ def test_merge_when_its_result_is_wrong_then_is_put_aside_with_exit_code_4(
     judged = judge.of_adapter
 
     def on_a_bad_disk(found: source.Source, subject: Subject, prompt_file: str = "") -> judge.Verdict:
-        spoil(subject.folder, "o_proj", 1.3)
+        spoil(subject.folder, "o_proj", 3.0)
         return judged(found, subject, prompt_file)
 
     monkeypatch.setattr(judge, "of_adapter", on_a_bad_disk)

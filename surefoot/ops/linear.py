@@ -90,7 +90,10 @@ def scaled(b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     return (scaling * b).to(dtype)
 
 
-@torch.library.custom_op("surefoot::adapted_linears", mutates_args=())
+# schemas are spelled out: torch 2.6 does not infer them from list[Tensor]
+@torch.library.custom_op(
+    "surefoot::adapted_linears", mutates_args=(), schema="(Tensor x, Tensor[] weights, Tensor a, Tensor[] b) -> Tensor[]"
+)
 def _forward(x: Tensor, weights: list[Tensor], a: Tensor, b: list[Tensor]) -> list[Tensor]:
     return products(x, dense(weights, b, x.shape[1]), a, b)
 
@@ -100,7 +103,11 @@ def _(x: Tensor, weights: list[Tensor], a: Tensor, b: list[Tensor]) -> list[Tens
     return [x.new_empty(x.shape[0], a.shape[0]), *(x.new_empty(x.shape[0], up.shape[0]) for up in b)]
 
 
-@torch.library.custom_op("surefoot::adapted_linears_backward", mutates_args=())
+@torch.library.custom_op(
+    "surefoot::adapted_linears_backward",
+    mutates_args=(),
+    schema="(Tensor[] gradients, Tensor x, Tensor u, Tensor[] weights, Tensor a, Tensor[] b, bool needs_dx) -> Tensor[]",
+)
 def _backward(
     gradients: list[Tensor], x: Tensor, u: Tensor, weights: list[Tensor], a: Tensor, b: list[Tensor], needs_dx: bool
 ) -> list[Tensor]:

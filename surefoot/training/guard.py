@@ -81,7 +81,7 @@ class Guard:
         """
         device = self.window[-1].loss.device
         loss = torch.stack([batch.loss.double() for batch in self.window]).sum()
-        numbers = torch.stack([loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=device), torch.full_like(loss, float(stops))])
+        numbers = torch.stack([loss, torch.as_tensor(grad_norm, dtype=torch.float64, device=device), loss.new_tensor(float(stops))])
         if self.processes > 1:
             torch.distributed.all_reduce(numbers)
             numbers /= self.processes

@@ -149,9 +149,15 @@ def input_gradient(gradients: list[Tensor], weights: list[Tensor], p: Tensor, a:
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right with fp32 sums that stay fp32."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+    if has_wide_mm(left):
         return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).to(torch.promote_types(left.dtype, torch.float32))
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return left.to(wide) @ right.to(wide)
+
+
+def has_wide_mm(operand: Tensor) -> bool:
+    """Whether torch.mm() keeps the fp32 sums of such 16-bit operands: on a GPU, from torch 2.8 on."""
+    return operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16) and "dtype" in torch.ops.aten.mm.overloads()
 
 
 class _ScaledRows(torch.autograd.Function):

@@ -44,7 +44,7 @@ class Flags:
     prompt: str | None = flag(None, "one question; its answer goes to stdout")
     input_file: str | None = flag(None, "a file of questions")
     output_file: str | None = flag(None, "where the answers go, a line each (.jsonl)")
-    system: str = flag("", "the system turn, where the prompt style has one")
+    system: str = flag("auto", "the system turn, where the prompt style has one; auto: the one that all training rows had, if they had one")
     max_new_tokens: int | None = flag(None, "tokens generated at most; default 256", low=1)
     temperature: float | None = flag(None, "0 (the default) takes the likeliest token each time", low=0.0)
     top_p: float | None = flag(None, "sample among the likeliest tokens of this much probability; default 1", low=0.0)
@@ -127,7 +127,8 @@ def _batch(flags: Flags, opened: Any, sampling: Any, job: Any) -> None:
     from surefoot import answering
 
     began, done, tokens = time.monotonic(), 0, 0
-    settings = {"weights": flags.weights, "system": flags.system, "seed": flags.seed, "batch_size": flags.batch_size}
+    system = answering.system_of(opened, flags.system)
+    settings = {"weights": flags.weights, "system": system, "seed": flags.seed, "batch_size": flags.batch_size}
     remaining = answering.start(job, opened, sampling, settings)
     if remaining == 0:
         print(f"all {len(job.rows):,} rows are answered already: {job.out}. Remove it to have them answered anew")
@@ -146,7 +147,8 @@ def _interactive(flags: Flags, opened: Any, sampling: Any) -> None:
     from surefoot import answering
 
     talk = answering.Talk(opened, sampling, flags.system, flags.seed)
-    print(f"{talk.manner}\n{answering.HELP}", file=sys.stderr)
+    system = f"; system turn: {talk.system}" if talk.system else ""
+    print(f"{talk.manner}{system}\n{answering.HELP}", file=sys.stderr)
     while True:
         try:
             line = input("\n> " if sys.stdin.isatty() else "")

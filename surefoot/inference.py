@@ -33,6 +33,11 @@ class Source:
     quantization: str
     record: dict[str, Any]
 
+    @property
+    def system(self) -> str:
+        """The system turn that all rows of the run had, empty where there was no such one."""
+        return str(self.record.get("data", {}).get("system", ""))
+
     def name(self) -> str:
         """The adapter's folder, else the model."""
         return str(self.adapter or self.base_model)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finetune import train
+from surefoot.data.report import Tally
 from surefoot.errors import UsageError
 from surefoot.plan import DataPlan
 from tests.called import call, start
@@ -147,6 +148,20 @@ def test_infer_when_talked_to_then_keeps_the_conversation_of_a_chat_model(tmp_pa
     places = [history.index(text) for text in ("Be kind", "Hello", "<|start_header_id|>assistant", "And now?")]
     assert places == sorted(places)
     assert history.rstrip().endswith("(nothing was said yet)")
+
+
+def test_infer_when_all_training_rows_had_one_system_turn_then_talks_under_it(tmp_path: Path) -> None:
+    said = [("system", "Answer like a pirate."), ("user", "Ready?"), ("assistant", "Aye.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
+    train(**quick(data_path=tmp_path / "rows.jsonl", output_dir=tmp_path / "run", val_set_size=0, audit="warn", max_steps=2))
+    for words, has_system in (((), True), (("--system=",), False)):
+        done = call("infer.py", "--lora_weights=run", "--max_new_tokens=2", *words, cwd=tmp_path, asked="Hello\n/history\n/exit\n")
+        assert done.returncode == 0, done.stderr
+        history = done.stdout[done.stdout.index("<|begin_of_text|>") :]
+        assert ("Answer like a pirate." in history) is has_system
+        assert ("system turn: Answer like a pirate." in done.stderr) is has_system
+    assert Tally(systems={"Be brief.", ""}).system == ""
 
 
 def test_infer_when_the_run_learned_single_questions_then_asks_each_alone_and_weights_agree(run_folder: Path, tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
 from surefoot import cli, last_words, runtime, signals
-from surefoot.config import FLAGS, Config
 from surefoot.errors import SurefootError, UnslothRefusedError
 from surefoot.run import run
 
@@ -18,8 +16,7 @@ def train(**flags: Any) -> Path:
     return run(cli.parse(flags))
 
 
-_flags = [parameter for name, parameter in inspect.signature(Config).parameters.items() if name in FLAGS]
-train.__signature__ = inspect.Signature(_flags, return_annotation=Path)  # type: ignore[attr-defined]
+train.__signature__ = cli.signature(returns=Path)  # type: ignore[attr-defined]
 
 
 def main() -> int:
@@ -29,9 +26,7 @@ def main() -> int:
         print(cli.help_text())
         return 0
     try:
-        import fire
-
-        fire.Fire(lambda **flags: train(**flags), command=cli.tidy(argv), serialize=lambda _: None)
+        cli.call(train, argv)
     except UnslothRefusedError as refused:
         runtime.start_again(refused.reason)
     except SurefootError as error:

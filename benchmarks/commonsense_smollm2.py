@@ -6,8 +6,9 @@ python benchmarks/commonsense_smollm2.py --model=examples/small_model --data=...
 
 One epoch on the 147,580 commonsense rows for each of ours and peft x LoRA and DoRA x the seeds, every run a real finetune.py; then
 scripts/evaluate.py on the test sets (all that --data holds), by generation and by log-likelihood, and once on the untrained model.
---out is written after every run, and the next call does what is missing; a training that the time limit stops goes on from its checkpoint
-while --work is there. --at_once runs share the GPU: one alone leaves it idle between the small model's kernels.
+--out is written after every run, and the next call does what is missing. A training that the time limit stops saves a checkpoint (it gets
+GRACE_S for that), and goes on from it while --work is there; one that is killed goes on from its last. An evaluation begins again.
+--at_once runs share the GPU: one alone leaves it idle between the small model's kernels.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ COMMON = (
     "--cutoff_len=512 --val_set_size=0 --batch_size=128 --per_device_train_batch_size=64 --save_step=150 --save_total_limit=1 "
     "--logging_steps=50 --report_to=none"
 ).split()
+GRACE_S = 30.0
 T_975 = {2: 4.303, 4: 2.776, 6: 2.447, 8: 2.306}  # Student's t by degrees of freedom
 
 
@@ -73,7 +75,7 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(
         model=Path(model).resolve(),
-        train=shortened(Path(data) / "commonsense_147k.jsonl.gz", folder / "train.jsonl.gz", rows),
+        train=shortened(Path(data) / "commonsense_147k.jsonl.gz", folder / f"train-{rows}.jsonl.gz", rows),
         tests=tests(Path(data), folder / "tests", test_rows),
         work=folder,
         flags=[*COMMON, f"--stage={stage}", *flags.split()],
@@ -82,21 +84,23 @@ def bench(
     )
     wanted = [Run(path, method, int(seed)) for seed, path, method in itertools.product(_words(seeds), PATHS, _words(methods))]
     result = json.loads(Path(out).read_text()) if Path(out).is_file() else {"untrained": {}, "runs": {}}
-    missing = [run for run in wanted if run.name not in result["runs"]]
+    before = result.setdefault(
+        "asked", asked := {"model": setting.model.name, "flags": setting.flags, "rows": rows, "test_rows": test_rows}
+    )
+    if before != asked:
+        sys.exit(f"{out} is of other settings ({before}): give another --out and --work")
     with ThreadPoolExecutor(at_once) as pool:
-        jobs = {pool.submit(done, setting, run): run for run in missing}
-        if not result["untrained"] and (
-            found := evaluated(setting, [f"--base_model={setting.model}", "--prompt_style=alpaca"], "untrained")
-        ):
-            result["untrained"] = found
+        jobs = {pool.submit(done, setting, run): run.name for run in wanted if run.name not in result["runs"]}
+        if not result["untrained"]:
+            jobs[pool.submit(evaluated, setting, [f"--base_model={setting.model}", "--prompt_style=alpaca"], "untrained")] = "untrained"
         failed = []
         for job in as_completed(jobs):
             if job.exception():
-                failed.append(f"{jobs[job].name}: {job.exception()}")
+                failed.append(f"{jobs[job]}: {job.exception()}")
             elif found := job.result():
-                result["runs"][jobs[job].name] = found
-                _write(out, result, setting, len(wanted))
-    _write(out, result, setting, len(wanted))
+                (result if jobs[job] == "untrained" else result["runs"])[jobs[job]] = found
+                _write(out, result, len(wanted))
+    _write(out, result, len(wanted))
     left = len(wanted) - len(result["runs"])
     print(json.dumps(result["verdict"], indent=1))
     print(f"{left} of {len(wanted)} runs are missing: the same command goes on from here" if left else "nothing is missing")
@@ -113,6 +117,8 @@ def shortened(source: Path, target: Path, count: int) -> Path:
     """The file itself, or its first `count` rows at `target`."""
     if not count:
         return source.resolve()
+    if target.is_file():  # made again it would be another file, and no run could go on
+        return target
     with gzip.open(source, "rt") as lines, gzip.open(target, "wt") as kept:
         kept.writelines(itertools.islice(lines, count))
     return target
@@ -121,7 +127,7 @@ def shortened(source: Path, target: Path, count: int) -> Path:
 def tests(data: Path, folder: Path, count: int) -> Path:
     folder.mkdir(exist_ok=True)
     for file in data.glob("test_*.jsonl.gz"):
-        shutil.copy(shortened(file, folder / f".{file.name}", count), folder / file.name)
+        shutil.copy(shortened(file, folder / f".{count}-{file.name}", count), folder / file.name)
     return folder
 
 
@@ -129,10 +135,9 @@ def done(setting: Setting, run: Run) -> dict[str, Any] | None:
     """Trains and evaluates; None where the time limit came first."""
     folder, began = setting.work / run.name, time.monotonic()
     if not _is_done(folder):
-        goes_on = any(folder.glob("checkpoint-*"))
         words = [
             f"--base_model={setting.model}", f"--data_path={setting.train}", f"--output_dir={folder}", f"--adapter_name={run.method}",
-            f"--seed={run.seed}", *setting.flags, *PATHS[run.path], "--resume=True" if goes_on else "--overwrite",
+            f"--seed={run.seed}", *setting.flags, *PATHS[run.path], "--resume",
         ]  # fmt: skip
         if not _ended("finetune.py", words, setting.deadline, setting.work / f"{run.name}.log"):
             return None
@@ -182,8 +187,12 @@ def _ended(program: str, words: list[str], deadline: float, log: Path) -> bool:
         try:
             code = process.wait(timeout=max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            process.terminate()  # finetune.py saves a checkpoint and ends
+            try:
+                process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             return False
     if code != 0:
         raise RuntimeError(f"{program} ended with {code}: {log.read_text()[-600:]}")
@@ -233,13 +242,13 @@ def _pooled(sets: dict[str, Any]) -> tuple[int, int]:
     return sum(one["correct"] for one in own), sum(one["rows"] for one in own)
 
 
-def _write(out: str, result: dict[str, Any], setting: Setting, wanted: int) -> None:
+def _write(out: str, result: dict[str, Any], wanted: int) -> None:
     from surefoot import machine
     from surefoot.evaluation.intervals import wilson
 
     here = machine.probe()
     result["machine"] = {"gpu": here.gpu.name if here.gpu else None, "cpu": here.cpu_name, "versions": here.versions, "cuda": here.cuda}
-    result["setting"] = {"model": setting.model.name, "flags": setting.flags, "paths": PATHS, "runs": f"{len(result['runs'])} of {wanted}"}
+    result |= {"paths": PATHS, "done": f"{len(result['runs'])} of {wanted}"}
     for one in [result["untrained"], *(run["scores"] for run in result["runs"].values())]:
         for task in itertools.chain.from_iterable(one[scoring].values() for scoring in one):
             task["accuracy"] = round(task["correct"] / task["rows"], 4)

@@ -1,34 +1,39 @@
 """Where the parity bands come from: exports of several models that differ by rounding alone, and merges that are wrong.
 
-python benchmarks/export_bands.py FOLDER [RUN ...]
+python benchmarks/export_bands.py FOLDER [RUN ...] --out=benchmarks/results/export_bands_cpu.json    # again to go on after a stop
 
-FOLDER takes models of random weights in several shapes; each RUN is a run folder of finetune.py to measure as well.
-Prints one JSON line for each export: model, format, what was done to it, and the parity numbers.
+FOLDER takes models of random weights in several shapes, with LoRA and with DoRA; each RUN is a run folder of finetune.py to measure too,
+and to merge wrongly (random adapters change so little that a wrong merge of one is no worse than its rounding).
+--out gets a row for each export (model, format, what was done to it, the parity numbers) and, by format, the largest of the right ones and
+the band: MARGIN times that, or times FLOOR where that is more, rounded up to two digits. surefoot/export/parity.py holds these bands, and a
+test compares the two.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-
-from surefoot import runtime  # noqa: E402
-from surefoot.export import formats, judge, source, story  # noqa: E402
-from surefoot.export.judge import Subject  # noqa: E402
-
+MARGIN = {"fp32": 4, "fp16": 4, "bf16": 4, "q8_0": 4, "nf4": 1.5}  # NF4 rounds by as much as a wrong merge changes: little room is left
+# The least that is taken for the largest difference. fp32's is the order of sums alone, which grows with a model's width and depth, and no
+# wrong merge is below 400 times this. q8_0 was measured on 4 layers only, where bf16 differs by a 20th of what it does on SmolLM2's 30
+FLOOR = {"fp32": {"relative_max": 1e-4, "kl_mean": 1e-7}, "q8_0": {"relative_max": 0.025, "kl_mean": 0.0025}}
+NUMBERS = ("relative_max", "kl_mean")
 SMALL = ROOT / "examples/small_model"
 SHAPES = {"wide": (768, 2112, 4), "deep": (256, 704, 24)}  # hidden size, MLP, layers
-WRONG: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
+KEPT = ("relative_max", "kl_mean", "kl_max", "widest_flip", "greedy_equal", "prompts")
+Tensors = dict[str, Any]
+WRONG: dict[str, Callable[[Tensors], Tensors]] = {
     "magnitude lost": lambda found: {name: tensor for name, tensor in found.items() if "magnitude" not in name},
     "scaled by 1.25": lambda found: {name: tensor * 1.25 if "lora_B" in name else tensor for name, tensor in found.items()},
     "one layer lost": lambda found: {
@@ -37,18 +42,23 @@ WRONG: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] =
 }
 
 
-def adapted(folder: Path, shape: tuple[int, int, int]) -> Path:
-    """A DoRA adapter on a base of that shape; B as large as some hundred steps make it (a tenth of the weights' change)."""
+def adapted(folder: Path, shape: tuple[int, int, int], *, is_dora: bool) -> Path:
+    """An adapter on a base of that shape; B as large as some hundred steps make it (a tenth of the weights' change)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     hidden, mlp, layers = shape
     torch.manual_seed(0)
+    shutil.rmtree(folder, ignore_errors=True)
     base = folder / "base"
     shutil.copytree(SMALL, base, ignore=shutil.ignore_patterns("*.safetensors"))
     config = AutoConfig.from_pretrained(SMALL)
     config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads = hidden, mlp, layers, hidden // 32
-    config.num_key_value_heads = hidden // 64
+    config.num_key_value_heads, config.head_dim = hidden // 64, 32
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, use_dora=True, target_modules="all-linear"))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, use_dora=is_dora, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.002 * torch.randn_like(parameter)
@@ -57,58 +67,125 @@ def adapted(folder: Path, shape: tuple[int, int, int]) -> Path:
     return folder / "run"
 
 
-def measure(name: str, run: Path, folder: Path) -> None:
-    """Every format of the adapter, then the wrong merges in bf16."""
+def measure(name: str, run: Path, folder: Path, known: set[tuple[str, str]], prompts: str) -> Iterator[dict[str, Any]]:
+    """A row for every format of the adapter and, where it was trained, for the wrong merges in bf16, less the `known` (format, wrong)."""
+    from surefoot.errors import UsageError
+    from surefoot.export import formats, source, story
+    from surefoot.export.judge import Subject
+
     found = source.read(str(run))
-    for dtype in ("fp32", "fp16", "bf16"):
-        out = folder / f"{name}-{dtype}"
-        story.merge_adapter(found, story.Job(out, dtype, True, False, "", 4 << 30), lambda _: None)
-        tell(name, dtype, "", found, Subject(out, dtype))
+    merged = {dtype: folder / f"{name}-{dtype}" for dtype in ("bf16", "fp16", "fp32")}
+    for dtype, out in merged.items():
+        if (dtype, "") not in known:
+            story.merge_adapter(found, story.Job(out, dtype, True, False, "", 4 << 30), lambda _: None)
+            yield judged(name, "", found, Subject(out, dtype), prompts)
     for form in ("gguf-q8_0", "bnb-4bit"):
-        out = folder / f"{name}-{form}"
-        formats.of_adapter(found, formats.Job(out, form, True, False, "", ""), lambda _: None)
-        file = next((path.name for path in out.glob("*.gguf")), None)
-        tell(name, formats.BAND_OF[form], "", found, Subject(out, formats.BAND_OF[form], file, folder / f"{name}-bf16"))
+        band, out = formats.BAND_OF[form], folder / f"{name}-{form}"
+        if (band, "") not in known:
+            try:
+                formats.of_adapter(found, formats.Job(out, form, True, False, "", ""), lambda _: None)
+            except UsageError as error:  # a GGUF of a tokenizer that is not written here
+                print(error, flush=True)
+                continue
+            file = next((path.name for path in out.glob("*.gguf")), None)
+            yield judged(name, "", found, Subject(out, band, file, merged["bf16"]), prompts)
+    for what in WRONG if found.record else ():
+        if ("bf16", what) not in known and (spoilt := spoiled(run, what, folder / f"{name}-spoilt")):
+            onto = "seen" if found.onto == "none" else found.onto
+            out = folder / f"{name}-wrong"
+            story.merge_adapter(source.read(str(spoilt), onto=onto), story.Job(out, "bf16", True, False, "", 4 << 30), lambda _: None)
+            yield judged(name, what, found, Subject(out, "bf16"), prompts)
+
+
+def spoiled(run: Path, what: str, folder: Path) -> Path | None:
+    """The adapter with what is wrong done to it; None where it has nothing of the kind."""
+    from safetensors.torch import load_file, save_file
+
     tensors = load_file(run / "adapter_model.safetensors")
-    for what, change in WRONG.items():
-        spoilt = folder / f"{name}-spoilt"
-        shutil.rmtree(spoilt, ignore_errors=True)
-        shutil.copytree(run, spoilt, ignore=shutil.ignore_patterns("checkpoint-*", "backend.json", "run.json"))
-        changed = change(tensors)
-        if len(changed) < len(tensors):
-            config = json.loads((spoilt / "adapter_config.json").read_text())
-            (spoilt / "adapter_config.json").write_text(json.dumps(config | {"use_dora": False}))
-        save_file(changed, spoilt / "adapter_model.safetensors")
-        out = folder / f"{name}-wrong"
-        story.merge_adapter(source.read(str(spoilt), onto=found.onto), story.Job(out, "bf16", True, False, "", 4 << 30), lambda _: None)
-        tell(name, "bf16", what, found, Subject(out, "bf16"))
+    changed = WRONG[what](tensors)
+    if what == "magnitude lost" and len(changed) == len(tensors):
+        return None
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoint-*", "backend.json", "run.json", "merged-*"))
+    if len(changed) < len(tensors):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": False}))
+    save_file(changed, folder / "adapter_model.safetensors")
+    return folder
 
 
-def tell(name: str, form: str, what: str, found: source.Source, subject: Subject) -> None:
-    record = judge.of_adapter(found, subject).record
+def judged(name: str, what: str, found: Any, subject: Any, prompts: str) -> dict[str, Any]:
+    from surefoot.export import judge
+
+    record = judge.of_adapter(found, subject, prompts).record
     (numbers,) = record["against"].values()
-    kept = {key: float(f"{numbers[key]:.3g}") for key in ("relative_max", "kl_mean", "kl_max", "widest_flip")}
-    print(
-        json.dumps(
-            {"model": name, "format": form, "wrong": what, "verdict": record["verdict"], **kept, "greedy_equal": numbers["greedy_equal"]}
-        )
-    )
+    kept = {key: float(f"{numbers[key]:.3g}") if isinstance(numbers[key], float) else numbers[key] for key in KEPT}
+    return {"model": name, "method": found.method, "format": subject.format, "wrong": what, **kept}
 
 
-def main() -> int:
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
-        return 0
+def bands(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By format: of how many models, the largest right differences, and the band."""
+    found: dict[str, Any] = {}
+    right = [row for row in rows if not row["wrong"]]
+    for form in dict.fromkeys(row["format"] for row in right):
+        own = [row for row in right if row["format"] == form]
+        largest = {key: max(row[key] for row in own) for key in NUMBERS}
+        least = FLOOR.get(form, dict.fromkeys(NUMBERS, 0.0))
+        found[form] = {
+            "models": len(own),
+            "largest": largest,
+            "band": {key: rounded_up(MARGIN[form] * max(value, least[key])) for key, value in largest.items()},
+        }
+    return found
+
+
+def rounded_up(value: float) -> float:
+    """To two digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.1e}")
+
+
+def outside(rows: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, str]:
+    """By what is wrong: how many of the wrong merges lie outside their band."""
+    told = {}
+    for what in WRONG:
+        own = [row for row in rows if row["wrong"] == what]
+        caught = [row for row in own if any(row[key] > found[row["format"]]["band"][key] for key in NUMBERS)]
+        told[what] = f"{len(caught)} of {len(own)}"
+    return told
+
+
+def bench(folder: str, *runs: str, out: str, prompts: str = "") -> None:
+    """Measures what `out` lacks, an export at a time; `prompts`: a file of fewer prompts than the 32, for a large model on a CPU."""
+    from surefoot import runtime
+
     runtime.quiet()
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for run in sys.argv[2:]:
-        measure(Path(run).name, Path(run), folder)
-    for name, shape in SHAPES.items():
-        (folder / name).mkdir()
-        measure(name, adapted(folder / name, shape), folder)
-    return 0
+    place, kept = Path(folder), Path(out)
+    place.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = json.loads(kept.read_text())["rows"] if kept.is_file() else []
+    made: dict[str, Callable[[], Path]] = {Path(run).name: partial(Path, run) for run in runs}
+    for (name, shape), is_dora in itertools.product(SHAPES.items(), (False, True)):
+        title = f"{name}-{'dora' if is_dora else 'lora'}"
+        made[title] = partial(adapted, place / title, shape, is_dora=is_dora)
+    for name, make in made.items():
+        known = {(row["format"], row["wrong"]) for row in rows if row["model"] == name}
+        for row in measure(name, make(), place, known, prompts):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+            write(kept, rows)
+    write(kept, rows)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    from surefoot import machine
+
+    here, found = machine.probe(), bands(rows)
+    record = {"margin": MARGIN, "floor": FLOOR, "machine": {"gpu": here.gpu.name if here.gpu else None, "cpu": here.cpu_name}}
+    record |= {"versions": here.versions, "bands": found, "wrong_merges_outside": outside(rows, found), "rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import fire
+
+    fire.Fire(bench)

@@ -6,9 +6,10 @@ python benchmarks/speed.py --data=examples/data/commonsense_train.jsonl --out=FI
 python benchmarks/speed_table.py                                                          # README's table and the plot
 
 Every run is a process of its own; a round runs each system once, in turn. Ours is finetune.py as a user starts it, read from its own
-metrics.jsonl; peers are speed_peers.py. A run's speed is the mean of the tokens of its steps (padding left out) over the median of their
-seconds, the first --warmup left out; what those took longer than that is compile_s. --out is written after every run and continued by the
-next call, which runs what is missing; --redo=ours3 forgets that system's runs of the cases first.
+metrics.jsonl; peers are speed_peers.py. The clock is read after the first step and every four (users log every ten): a run's speed is the
+mean of the tokens of its steps (padding left out) over the median of their seconds, the first --warmup steps left out; what those took
+longer than that is compile_s. --out is written after every run and continued by the next call, which runs what is missing; --redo=ours3
+forgets that system's runs of the cases first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ EXPECTED_S = 75  # a run's wall time before one of its kind was seen
 
 
 def bench(
-    data: str, out: str, *, only: str = "", systems: str = "", rounds: int = 3, steps: int = 10, warmup: int = 4, tiny: bool = False,
+    data: str, out: str, *, only: str = "", systems: str = "", rounds: int = 3, steps: int = 20, warmup: int = 4, tiny: bool = False,
     tokenizer: str = str(ROOT / "examples/small_model"), work: str = "/tmp/surefoot-speed", time_limit_s: float = 1e9,
     run_limit_s: float = 300, redo: str = "", peer_path: str = "", ours_flags: str = "",
 ) -> None:  # fmt: skip
@@ -68,7 +69,7 @@ def bench(
             break
         runs.append(run(setting, case, number, system))
         _write(out, setting, runs)
-        print(json.dumps({name: value for name, value in runs[-1].items() if name not in ("environment", "steps", "flags")}), flush=True)
+        print(json.dumps({name: value for name, value in runs[-1].items() if name not in ("environment", "windows", "flags")}), flush=True)
 
 
 def _earlier(out: str) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ A bare loop (forward, backward, fused AdamW step) over rows.npz, adapters r=32 a
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import resource
 import sys
@@ -18,25 +17,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speed_works import ALPHA, CUTOFF, RANK, TARGETS, Work
+from speed_works import ALPHA, CUTOFF, EVERY, RANK, TARGETS, Work
 
 if TYPE_CHECKING:
     import torch
 
 RECOMPUTES = {"use_reentrant": False}
+Window = tuple[int, float, float]  # steps, real tokens a step, seconds a step
 
 
 def measure(system: str, model: str, rows: str, work: str, steps: int) -> None:
-    """Trains `steps` steps and prints {"steps": [[real tokens, seconds], ...], "losses": [...], "peak_memory_gib": ...}."""
+    """Trains `steps` steps and prints {"windows": [Window, ...], "losses": [...], "peak_memory_gib": ...}."""
     if system.startswith("unsloth"):  # it patches what it finds, so that it wants to be imported first
         import unsloth  # noqa: F401
     case = Work(**json.loads(work))
     if system == "unsloth_sft":
-        taken, losses = _sft(case, model, rows, steps)
+        windows, losses = _sft(case, model, rows, steps)
     else:
         load = {"peft": _peft, "liger": _peft, "seed": _peft, "unsloth": _unsloth}[system]
-        taken, losses = _bare_loop(load(case, model, system), _batches(case, rows, steps))
-    print(json.dumps({"steps": taken, "losses": losses, "peak_memory_gib": round(_peak_memory_gib(), 3)}))
+        windows, losses = _bare_loop(load(case, model, system), _batches(case, rows, steps))
+    print(json.dumps({"windows": windows, "losses": losses, "peak_memory_gib": round(_peak_memory_gib(), 3)}))
 
 
 def _peft(work: Work, folder: str, system: str) -> Any:
@@ -92,27 +92,42 @@ def _unsloth(work: Work, folder: str, system: str) -> Any:
     return FastLanguageModel.for_training(model, use_gradient_checkpointing=work.recompute)
 
 
-def _bare_loop(model: Any, batches: Iterator[tuple[int, dict[str, torch.Tensor]]]) -> tuple[list[tuple[int, float]], list[float]]:
-    """Real tokens and seconds of each step, and the losses."""
+class Clock:
+    """Reads the time after the first step and every EVERY steps, when the GPU has done them."""
+
+    def __init__(self) -> None:
+        self.windows: list[Window] = []
+        self._tokens: list[int] = []
+        self._step = 0
+        self._began = _now()
+
+    def step(self, tokens: int) -> None:
+        self._step += 1
+        self._tokens.append(tokens)
+        if self._step == 1 or self._step % EVERY == 0:
+            now, count = _now(), len(self._tokens)
+            self.windows.append((count, sum(self._tokens) / count, (now - self._began) / count))
+            self._began, self._tokens = now, []
+
+
+def _bare_loop(model: Any, batches: Iterator[tuple[int, dict[str, torch.Tensor]]]) -> tuple[list[Window], list[float]]:
+    """The windows of the steps, and the losses."""
     import torch
 
     device = _device()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    taken, losses = [], []
+    clock, losses = Clock(), []
     for tokens, batch in batches:
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        _synchronize()
-        began = time.perf_counter()
+        inputs = {name: _on(device, tensor) for name, tensor in batch.items()}
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = model(**inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        _synchronize()
-        taken.append((tokens, time.perf_counter() - began))
-        losses.append(loss.item())
-    return taken, losses
+        losses.append(loss.detach())
+        clock.step(tokens)
+    return clock.windows, [loss.item() for loss in losses]
 
 
 def _batches(work: Work, file: str, steps: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
@@ -140,29 +155,28 @@ def _rows(file: str) -> list[Any]:
         return np.split(stored["ids"], stored["offsets"][1:-1])
 
 
-def _sft(work: Work, folder: str, file: str, steps: int) -> tuple[list[tuple[int, float]], list[float]]:
-    """trl's SFTTrainer over packs of work.tokens tokens; a step's seconds run from the end of the one before."""
+def _sft(work: Work, folder: str, file: str, steps: int) -> tuple[list[Window], list[float]]:
+    """trl's SFTTrainer over packs of work.tokens tokens; the losses are those of its log lines."""
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    ends, tokens, losses = [time.perf_counter()], list[int](), list[float]()
+    clocks, tokens, losses = list[Clock](), [0], list[float]()
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Watch(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            _synchronize()
-            ends[0] = time.perf_counter()
+            clocks.append(Clock())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            _synchronize()
-            ends.append(time.perf_counter())
+            clocks[0].step(tokens[-1])
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             losses.extend([logs["loss"]] if "loss" in logs else [])
 
     settings = SFTConfig(
         output_dir="sft", per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=steps, learning_rate=1e-4, bf16=True,
-        optim="adamw_torch_fused", logging_steps=1, save_strategy="no", report_to="none", packing=True, max_length=work.tokens,
+        optim="adamw_torch_fused", logging_steps=EVERY, logging_first_step=True, save_strategy="no", report_to="none", packing=True,
+        max_length=work.tokens,
         gradient_checkpointing=work.recompute, disable_tqdm=True, use_cpu=_device() == "cpu",
     )  # fmt: skip
     trainer = SFTTrainer(
@@ -170,7 +184,7 @@ def _sft(work: Work, folder: str, file: str, steps: int) -> tuple[list[tuple[int
         args=settings,
         train_dataset=Dataset.from_dict({"input_ids": [row.tolist() for row in _rows(file)]}),
         processing_class=AutoTokenizer.from_pretrained(folder),
-        callbacks=[Clock()],
+        callbacks=[Watch()],
     )
     if _device() == "cuda" and not trainer.args.packing:
         raise SystemExit("speed_peers.py: Unsloth turned the packing off")
@@ -183,8 +197,7 @@ def _sft(work: Work, folder: str, file: str, steps: int) -> tuple[list[tuple[int
 
     trainer.training_step = counted
     trainer.train()
-    seconds = [end - start for start, end in itertools.pairwise(ends)]
-    return list(zip(tokens, seconds, strict=True)), losses
+    return clocks[0].windows, losses
 
 
 def _device() -> str:
@@ -193,11 +206,18 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _synchronize() -> None:
+def _on(device: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Copied without a wait for the GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
+
+
+def _now() -> float:
+    """Seconds, when the GPU has done what it was given."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _peak_memory_gib() -> float:
@@ -216,7 +236,7 @@ def words(system: str, work: Work, model: Path, rows: Path, steps: int) -> list[
 
 def read(output: str) -> dict[str, Any]:
     """What measure() printed; libraries may print after it."""
-    return dict(json.loads(next(line for line in reversed(output.splitlines()) if line.startswith('{"steps"'))))
+    return dict(json.loads(next(line for line in reversed(output.splitlines()) if line.startswith('{"windows"'))))
 
 
 if __name__ == "__main__":

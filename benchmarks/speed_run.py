@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import json
 import os
 import re
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import speed_peers
-from speed_works import ALPHA, CASES, CUTOFF, RANK, SYSTEMS, TARGETS, Work
+from speed_works import ALPHA, CASES, CUTOFF, EVERY, RANK, SYSTEMS, TARGETS, Work
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = (
     f"--lora_r={RANK} --lora_alpha={ALPHA} --lora_dropout=0 --target_modules {' '.join(TARGETS)} "
     "--train_on_inputs --bf16=True --learning_rate=1e-4 --val_set_size=0 --audit=warn --data_cache=False "
-    "--save_strategy=no --logging_steps=1 --report_to=none --overwrite"
+    f"--save_strategy=no --logging_steps={EVERY} --report_to=none --overwrite"
 ).split()
 
 
@@ -78,30 +79,35 @@ def flags_of(work: Work, stage: int) -> list[str]:
 
 
 def ours(folder: Path) -> dict[str, Any]:
-    """The steps of a run folder, from the rates of its log lines; a step's tokens are the mean of the run."""
+    """The windows of a run folder: what lies between its log lines; a step's tokens are the mean of the run."""
     logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logs = [log for log in logs if "tokens_per_s" in log]
     summary = json.loads((folder / "run.json").read_text())["summary"]
     tokens = summary["tokens"] / summary["steps"]
+    counts = [log["step"] - before for log, before in zip(logs, [0, *(log["step"] for log in logs)], strict=False)]
     return {
-        "steps": [(tokens, tokens / log["tokens_per_s"]) for log in logs],
+        "windows": [(count, tokens, tokens / log["tokens_per_s"]) for count, log in zip(counts, logs, strict=True)],
         "losses": [log["loss"] for log in logs],
         "peak_memory_gib": summary["peak_memory_gib"],
     }
 
 
 def figures(measured: dict[str, Any], warmup: int) -> dict[str, Any]:
-    steady = measured["steps"][warmup:]
-    second = statistics.median(seconds for _, seconds in steady)
-    tokens = statistics.mean(tokens for tokens, _ in steady)
+    """Of the windows that begin after `warmup` steps: mean tokens a step over its median seconds."""
+    windows = measured["windows"]
+    begins = itertools.accumulate((count for count, _, _ in windows), initial=0)
+    kinds = list(zip(windows, (begin >= warmup for begin in begins), strict=False))
+    steady, first = [window for window, is_steady in kinds if is_steady], [window for window, is_steady in kinds if not is_steady]
+    second = statistics.median(seconds for _, _, seconds in steady)
+    tokens = statistics.mean(tokens for _, tokens, _ in steady)
     return {
         "tokens_per_s": round(tokens / second, 1),
         "step_ms": round(second * 1e3, 2),
         "tokens_per_step": round(tokens, 1),
         "peak_memory_gib": measured["peak_memory_gib"],
-        "compile_s": round(sum(seconds - second for _, seconds in measured["steps"][:warmup]), 2),
+        "compile_s": round(sum(count * (seconds - second) for count, _, seconds in first), 2),
         "losses": [round(measured["losses"][index], 4) for index in (0, -1)],
-        "steps": [[round(tokens), round(seconds, 4)] for tokens, seconds in measured["steps"]],
+        "windows": [[count, round(tokens), round(seconds, 4)] for count, tokens, seconds in windows],
     }
 
 

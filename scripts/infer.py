@@ -26,8 +26,9 @@ USAGE = f"""\
 {__doc__}
 Prompts are those of the run's own training (run.json). A model trained on single questions gets each question alone; one trained on
 conversations gets the conversation so far. DoRA's factor is computed once, at the start (surefoot/ops/served.py).
---input_file: rows with prompt, instruction (and input), user (and system), or messages; json, jsonl, csv or parquet. Each line of
---output_file has the row's place, the output, its tokens, and whether it ended (end) or met --max_new_tokens (length).
+--input_file: rows with prompt, instruction (and input), user (and system), messages, or input alone (a whole prompt, as
+render_template.py writes it); json, jsonl, csv or parquet. Each line of --output_file has the row's place, the output, its tokens, and
+whether it ended (end) or met --max_new_tokens (length).
 Exit codes: 0 done; 2 usage; 3 rows that cannot be read; 5 a model or a library refused."""
 
 
@@ -43,7 +44,7 @@ class Flags:
     prompt: str | None = flag(None, "one question; its answer goes to stdout")
     input_file: str | None = flag(None, "a file of questions")
     output_file: str | None = flag(None, "where the answers go, a line each (.jsonl)")
-    system: str = flag("", "the system turn, where the prompt style has one")
+    system: str = flag("auto", "the system turn, where the prompt style has one; auto: the one that all training rows had, if they had one")
     max_new_tokens: int | None = flag(None, "tokens generated at most; default 256", low=1)
     temperature: float | None = flag(None, "0 (the default) takes the likeliest token each time", low=0.0)
     top_p: float | None = flag(None, "sample among the likeliest tokens of this much probability; default 1", low=0.0)
@@ -99,14 +100,9 @@ def _check(flags: Flags) -> None:
 
 
 def _source(flags: Flags) -> Any:
-    from surefoot import inference, run_file
+    from surefoot import inference
 
-    adapter = flags.lora_weights
-    if flags.config and not adapter:
-        adapter = str(run_file.read(flags.config).get("output_dir", "./output"))
-    source = inference.find(
-        flags.base_model, adapter, flags.prompt_style, "int8" if flags.load_8bit else "nf4" if flags.load_4bit else None
-    )
+    source = inference.find_asked(flags)
     if flags.weights != "adapter" and source.adapter is None:
         raise UsageError(f"--weights={flags.weights}: {source.name()} is a whole model, not an adapter. Leave --weights out")
     return source
@@ -131,8 +127,12 @@ def _batch(flags: Flags, opened: Any, sampling: Any, job: Any) -> None:
     from surefoot import answering
 
     began, done, tokens = time.monotonic(), 0, 0
-    settings = {"weights": flags.weights, "system": flags.system, "seed": flags.seed, "batch_size": flags.batch_size}
+    system = answering.system_of(opened, flags.system)
+    settings = {"weights": flags.weights, "system": system, "seed": flags.seed, "batch_size": flags.batch_size}
     remaining = answering.start(job, opened, sampling, settings)
+    if remaining == 0:
+        print(f"all {len(job.rows):,} rows are answered already: {job.out}. Remove it to have them answered anew")
+        return
     if remaining < len(job.rows):
         print(f"{len(job.rows) - remaining:,} of {len(job.rows):,} rows are already in {job.out}; going on", file=sys.stderr)
     with script.progress(remaining, "answering") as tick:
@@ -147,7 +147,8 @@ def _interactive(flags: Flags, opened: Any, sampling: Any) -> None:
     from surefoot import answering
 
     talk = answering.Talk(opened, sampling, flags.system, flags.seed)
-    print(f"{talk.manner}\n{answering.HELP}", file=sys.stderr)
+    system = f"; system turn: {talk.system}" if talk.system else ""
+    print(f"{talk.manner}{system}\n{answering.HELP}", file=sys.stderr)
     while True:
         try:
             line = input("\n> " if sys.stdin.isatty() else "")

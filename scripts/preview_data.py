@@ -9,27 +9,25 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot import cli, inputs, machine  # noqa: E402
+from surefoot import cli, inputs, machine, script  # noqa: E402
 from surefoot.config import FLAGS, Config  # noqa: E402
-from surefoot.errors import SurefootError, UsageError, joined  # noqa: E402
+from surefoot.errors import UsageError  # noqa: E402
 from surefoot.plan import Plan, make_plan  # noqa: E402
+from surefoot.script import flag  # noqa: E402
 
 if TYPE_CHECKING:
     from surefoot.data.preview import Piece, Shown
 
-HELP = f"""\
+USAGE = f"""\
 {__doc__}
-  --rows=N      how many (5); with --worst, how many for each reason
-  --worst       the audit's worst rows in place of the first ones
-  --html=FILE   also write a page with the audit's totals and the rows; FILE ends in .html
-
 Trained text is green on a terminal and stands between \u27e6 and \u27e7 elsewhere; a dot is a space at the end of a line.
 The flags of finetune.py: python finetune.py --help. Those that leave the rows alone are read and not judged; --output_dir is not touched.
 Exit codes: 0 shown; 2 usage; 3 data, also when the rows are shown and the audit refuses them; 5 the tokenizer cannot be loaded."""
@@ -39,60 +37,22 @@ ALSO = ("base_model", "local_dir", "revision", "trust_remote_code", "per_device_
 GREEN, BOLD, DIM, PLAIN = "\033[32m", "\033[1m", "\033[2m", "\033[0m"
 
 
-class Own(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Own:
     """This script's own flags."""
 
-    rows: int = 5
-    worst: bool = False
-    html: Path | None = None
-
-
-def split(argv: Sequence[str]) -> tuple[Own, list[str]]:
-    """This script's own flags, and the words that are finetune.py's.
-
-    Raises:
-        UsageError: every wrong flag of this script's own.
-    """
-    own, rest, problems, words = Own(), [], [], list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in Own._fields:
-            rest.append(word)
-            continue
-        if name != "worst" and not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else ""
-        try:
-            own = own._replace(**{name: READERS[name](value)})
-        except ValueError as error:
-            problems.append(f"--{name}={value} {error}")
-    if problems:
-        raise UsageError(joined(problems))
-    return own, rest
-
-
-def _rows(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError("must be a whole number of at least 1")
-    return int(text)
-
-
-def _worst(text: str) -> bool:
-    if text.lower() not in ("", "true", "false"):
-        raise ValueError("must be given bare, or True or False")
-    return text.lower() != "false"
+    rows: int = flag(5, "how many; with --worst, how many for each reason", low=1)
+    worst: bool = flag(False, "the audit's worst rows in place of the first ones")
+    html: str | None = flag(None, "also write a page with the audit's totals and the rows; the file ends in .html")
 
 
 def _html(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError("must end in .html")
+        raise UsageError(f"--html={text} must end in .html")
     if not path.parent.is_dir():
-        raise ValueError(f"cannot be written: {path.parent} is no folder")
+        raise UsageError(f"--html={text} cannot be written: {path.parent} is no folder")
     return path
-
-
-READERS: dict[str, Any] = {"rows": _rows, "worst": _worst, "html": _html}
 
 
 def plan_of(words: Sequence[str]) -> Plan:
@@ -114,13 +74,14 @@ def plan_of(words: Sequence[str]) -> Plan:
     return make_plan(rows, machine.probe(), inputs.inspect(rows))
 
 
-def run(argv: Sequence[str]) -> None:
-    """Shows the rows.
+def run(own: Own, words: Sequence[str]) -> None:
+    """Shows the rows; `words` are finetune.py's.
 
     Raises:
         SurefootError: as finetune.py does before it loads a model; AuditError after the rows are shown.
     """
-    own, words = split(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal that cannot write what a row holds
+    page_file = _html(own.html) if own.html else None
     plan = plan_of(words)
     from surefoot import tokens
     from surefoot.backends import hf
@@ -138,8 +99,8 @@ def run(argv: Sequence[str]) -> None:
         shown = preview.first_rows(data, collator, tokenizer, own.rows, plan.train.per_device_train_batch_size)
     print("\n".join(data.report.lines()))
     print("\n".join(_row(row) for row in shown) or "\nthe audit found nothing, so no row is the worst")
-    if own.html:
-        _write(own.html, page.page(data.report, data.audit, shown))
+    if page_file:
+        _write(page_file, page.page(data.report, data.audit, shown))
     prepare.judged(data, plan.data.audit)
 
 
@@ -169,19 +130,5 @@ def _write(path: Path, text: str) -> None:
     print(f"\nwritten: {path}")
 
 
-def main() -> int:
-    argv = sys.argv[1:]
-    if not argv or any(word in cli.HELP for word in argv):
-        print(HELP)
-        return 0
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal that cannot write what a row holds
-    try:
-        run(argv)
-    except SurefootError as error:
-        print(f"preview_data.py: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main(Own, USAGE, run, passes_on=True))

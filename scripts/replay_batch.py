@@ -3,9 +3,8 @@
 python scripts/replay_batch.py RUN/bad_steps/step-12 [--base_model FOLDER] [--json]
 
 Reads what finetune.py kept of a step that was not finite: record.json, the batch of each rank and, for an adapter, its weights;
-and run.json of the run. --base_model: where the base model lies on this machine, if not where the run found it.
-Exit codes: 0 replayed; 2 the folder cannot be used; 5 the model cannot be loaded.
-"""
+and run.json of the run.
+Exit codes: 0 replayed; 2 the folder cannot be used; 5 the model cannot be loaded."""
 
 from __future__ import annotations
 
@@ -13,13 +12,17 @@ import contextlib
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from surefoot.errors import SurefootError, UsageError
+from surefoot import script
+from surefoot.errors import UsageError
+from surefoot.json_file import read_json
 from surefoot.plan import AdapterPlan, ModelPlan
+from surefoot.script import REQUIRED, flag
 from surefoot.verdicts import SDPA_KERNELS
 
 BACKENDS = ("eager", *(f"sdpa_{kernel}" for kernel in SDPA_KERNELS), "flash_attention_2")
@@ -45,12 +48,19 @@ class Replay(NamedTuple):
     culprit: str = ""
 
 
-def replay(step: str = "", base_model: str = "", json: bool = False) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    step: str = flag(REQUIRED, "the folder of a kept step, such as RUN/bad_steps/step-12", is_bare=True)
+    base_model: str = flag("", "where the base model lies on this machine, if not where the run found it")
+    json: bool = flag(False, "one JSON object on stdout in place of the lines")
+
+
+def replay(flags: Flags) -> None:
     """Replays a kept bad step and prints a line per backend and the finding."""
-    kept = read(Path(step)) if step else _missing()
-    results = run(kept, base_model)
+    kept = read(Path(flags.step))
+    results = run(kept, flags.base_model)
     text = finding(results, kept)
-    if json:
+    if flags.json:
         _print_json(kept, results, text)
         return
     print(f"step {kept.record['step']}: {kept.record['reason']}; {len(kept.files)} batch file{'s' * (len(kept.files) != 1)}")
@@ -68,12 +78,9 @@ def read(folder: Path) -> Kept:
     """
     content = []
     for path in (folder / "record.json", folder.parent.parent / "run.json"):
-        try:
-            content.append(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UsageError(f"{folder} is no kept step: {path} is missing. Give a folder such as RUN/bad_steps/step-12") from None
-        except ValueError as error:
-            raise UsageError(f"{path} is damaged ({error})") from None
+        content.append(read_json(path))
+        if not content[-1]:
+            raise UsageError(f"{folder} is no kept step: {path} is missing. Give a folder such as RUN/bad_steps/step-12")
     files = tuple(sorted(folder.glob("batch-*.safetensors")))
     if not files:
         raise UsageError(f"{folder} holds no batch-*.safetensors")
@@ -185,20 +192,5 @@ def _print_json(kept: Kept, results: list[Replay], text: str) -> None:
     print(json.dumps({"record": kept.record, "results": rows, "finding": text}, indent=2))
 
 
-def _missing() -> Kept:
-    raise UsageError("give the folder of a kept step, such as RUN/bad_steps/step-12")
-
-
-def main() -> int:
-    import fire
-
-    try:
-        fire.Fire(replay, serialize=lambda _: None)
-    except SurefootError as error:
-        print(f"replay_batch.py: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main(Flags, __doc__, replay))

@@ -30,10 +30,10 @@ class Talk:
     def __init__(self, opened: Opened, sampling: Sampling, system: str, seed: int) -> None:
         style = _talking_style(opened)
         self.opened = dataclasses.replace(opened, prompts=dataclasses.replace(opened.prompts, style=style))
-        self.sampling, self.system = sampling, system
+        self.sampling, self.system = sampling, system_of(opened, system)
         self.said: list[tuple[str, str]] = []
         self.keeps_history = style == "chat" or opened.prompts.file is not None
-        if system and not self.keeps_history:
+        if self.system and not self.keeps_history:
             raise UsageError(
                 f"--system: the prompt style {style} has no place for a system turn. Leave it out, or give --prompt_style=chat"
             )
@@ -79,6 +79,13 @@ class Talk:
                 return None
             self.said = []
             raise
+
+
+def system_of(opened: Opened, given: str) -> str:
+    """--system; auto: the turn that all training rows had, where the prompt style has a place for one."""
+    if given != "auto":
+        return given
+    return opened.source.system if _talking_style(opened) == "chat" or opened.prompts.file is not None else ""
 
 
 def _talking_style(opened: Opened) -> str:

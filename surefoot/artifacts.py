@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -12,16 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surefoot.checkpoint import write_json
+from surefoot.config import PROMPT_STYLES
 from surefoot.errors import BackendError, DataError, Preempted, SurefootError
+from surefoot.json_file import read_json, write_json
 from surefoot.plan import Plan
 from surefoot.plan_text import as_record
 
+PROMPT = "prompt.jinja"  # what --prompt_style=FILE held, in the run folder and in what is exported of it
+META = "surefoot_meta.json"  # of an exported model: among others its run's records
 OURS = (
     "report.html", "run.json", "backend.json", "metrics.jsonl", "audit.json", "bad_steps", "bad_steps.jsonl", "heartbeats",
     "adapter_config.json", "adapter_model.safetensors", "README.md", "config.json",
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
-    "checkpoint-*", "runs", "evaluation.json", "evaluation.jsonl",
+    "checkpoint-*", "runs", PROMPT, "evaluation.json", "evaluation.jsonl",
 )  # fmt: skip
 REASONED = ("backend", "precision", "quantization", "attn_implementation", "sdpa_kernels", "use_gradient_checkpointing", "fused_adapters")
 
@@ -73,7 +75,7 @@ def opened(plan: Plan, kernels: Sequence[str] = ()) -> Iterator[RunFolder]:
     if folder.is_main:
         _begin(plan, folder, kernels)
     if folder.resumes:
-        folder.record = _continued(_read_json(path / "run.json"), plan.output.resume_from)
+        folder.record = _continued(read_json(path / "run.json"), plan.output.resume_from)
     folder.note(status="running", **({} if folder.resumes else {"started": _now()}), plan=as_record(plan), code=code_state())
     try:
         yield folder
@@ -103,8 +105,12 @@ def vacant(plan: Plan) -> Path | None:
 
 def _begin(plan: Plan, folder: RunFolder, kernels: Sequence[str]) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
+    style = plan.data.prompt_style
+    prompt = None if style in PROMPT_STYLES else Path(style).read_bytes()  # before the file may go with the earlier run
     if plan.output.clears_earlier_run or not folder.resumes:
         _clear(folder.path)
+    if prompt is not None:
+        (folder.path / PROMPT).write_bytes(prompt)
     reasons = {choice.name: choice.reason for choice in plan.choices if choice.name in REASONED and choice.reason}
     write_json(
         folder.path / "backend.json", plan.stamp() | {"versions": plan.machine.versions, "kernels": list(kernels), "reasons": reasons}
@@ -143,8 +149,3 @@ def _git(home: Path, *words: str) -> str | None:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}

@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from surefoot.json_file import write_json
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # checkpoint-N.partial is being written, or was when its run was killed
@@ -26,6 +29,17 @@ def step_of(folder: Path) -> int:
 
 def leftovers(run_folder: Path) -> list[Path]:
     return [path for ending in (PARTIAL, REPLACED) for path in run_folder.glob(f"checkpoint-*{ending}")]
+
+
+def home(folder: Path) -> Path:
+    """The run folder that a checkpoint lies in; any other folder itself."""
+    return folder.parent if folder.name.startswith("checkpoint-") else folder
+
+
+def share(folder: Path) -> None:
+    """Gives the folder's weights the mode of its config: safetensors 0.8 lets none but their owner read them (its issue 782)."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(stat.S_IMODE(next(folder.glob("*config.json")).stat().st_mode))
 
 
 class Found(NamedTuple):
@@ -107,16 +121,6 @@ def prune(run_folder: Path, limit: int | None, best: str | None) -> None:
         gone = path.with_name(path.name + REPLACED)  # a removal that is cut short leaves no half checkpoint under its name
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written beside, synced and renamed, so that a reader never meets half a file."""
-    partial = path.with_name(f".{path.name}.part")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _sync_one(path: Path) -> None:

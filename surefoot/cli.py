@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from surefoot import config as configs
@@ -17,6 +18,23 @@ accelerate launch --config_file profiles/ddp.yaml --num_processes N finetune.py 
 
 Fine-tunes a causal language model with LoRA, DoRA, their 4-bit forms, or in full. Lists are written --target_modules q_proj k_proj.
 Exit codes: 0 done; 2 usage or plan; 3 data; 4 numerics; 5 backend; 75 stopped by a signal after a checkpoint (--resume goes on)."""
+
+
+def call(function: Callable[..., Any], argv: Sequence[str]) -> None:
+    """Calls `function` with the flags of a command line as keywords.
+
+    Raises:
+        UsageError: what tidy() says.
+    """
+    import fire
+
+    fire.Fire(lambda **flags: function(**flags), command=tidy(argv), serialize=lambda _: None)
+
+
+def signature(returns: type) -> inspect.Signature:
+    """Of a function that takes every flag as a keyword."""
+    flags = [parameter for name, parameter in inspect.signature(Config).parameters.items() if name in FLAGS]
+    return inspect.Signature(flags, return_annotation=returns)
 
 
 def tidy(argv: Sequence[str]) -> list[str]:

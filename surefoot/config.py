@@ -14,6 +14,7 @@ from surefoot import compat
 from surefoot.errors import UsageError, joined
 from surefoot.flag_values import convert, kinds
 
+PROMPT_STYLES = ("auto", "alpaca", "alpaca_indented", "chat")  # any other is the path of a Jinja file
 PEFT_INITS = ("gaussian", "pissa", "olora", "eva", "loftq", "orthogonal")
 
 

@@ -26,6 +26,7 @@ def decisions(desk: Desk) -> dict[str, Choice]:
 
 
 def _decide(desk: Desk) -> Iterator[Choice]:
+    yield model.revision(desk)
     quantization = model.quantization(desk)
     precision = model.precision(desk)
     chosen = backend.backend(desk, quantization.value)
@@ -75,6 +76,8 @@ def stamp(plan: Plan) -> dict[str, Any]:
             "rslora": adapter.use_rslora,
             "target_modules": list(adapter.target_modules) if adapter.target_modules else None,
         },
+        "engine": plan.machine.strategy,
+        "offloads": plan.machine.offloads,
         "world_size": plan.machine.world_size,
         "batch_size": plan.train.batch_size,
         "group_by_length": plan.train.group_by_length,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surefoot import checkpoint, run_file
+from surefoot.artifacts import META, PROMPT
+from surefoot.config import PROMPT_STYLES
 from surefoot.errors import BackendError, DataError, UsageError
+from surefoot.json_file import read_json
 from surefoot.plan import ModelPlan
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is to be opened; `record` is the run's run.json, empty for a model or an adapter made elsewhere."""
+    """What is to be opened; `record` is the run's run.json (or what an export keeps of it), empty for what was made elsewhere."""
 
     base_model: str
     revision: str | None
@@ -29,6 +32,11 @@ class Source:
     style: str
     quantization: str
     record: dict[str, Any]
+
+    @property
+    def system(self) -> str:
+        """The system turn that all rows of the run had, empty where there was no such one."""
+        return str(self.record.get("data", {}).get("system", ""))
 
     def name(self) -> str:
         """The adapter's folder, else the model."""
@@ -118,34 +126,44 @@ def find(base_model: str | None, adapter: str | None, prompt_style: str | None =
     folder = Path(adapter or str(base_model))
     if adapter and not folder.is_dir():
         raise UsageError(f"--lora_weights={adapter} is no folder (looked in {Path.cwd()})")
-    config = _json(folder / "adapter_config.json")
-    if config is not None and not adapter:
+    config = read_json(folder / "adapter_config.json")
+    if config and not adapter:
         raise UsageError(f"--base_model={base_model} is an adapter, not a model. Give it as --lora_weights")
-    if adapter and config is None and not (folder / "config.json").is_file():
+    if adapter and not config and not (folder / "config.json").is_file():
         raise UsageError(f"--lora_weights={adapter} holds neither an adapter (adapter_config.json) nor a model (config.json)")
-    record = (
-        _json(folder / "run.json") or _json(folder.parent / "run.json" if folder.name.startswith("checkpoint-") else folder / "-") or {}
-    )
+    root = checkpoint.home(folder)
+    record = read_json(root / "run.json") or read_json(folder / META).get("run", {})
     own: dict[str, Any] = record.get("plan", {}).get("model", {})
-    if config is None:
+    if not config:
         path, revision = str(folder), None
     else:
         path = base_model or own.get("path") or config["base_model_name_or_path"]
         revision = own.get("revision") if path == own.get("path") else None
         _check_base(path, adapter, given=bool(base_model))
-    kept = own.get("quantization", "none") if config is not None else "none"
-    style = prompt_style or _style(record, _json(folder / "surefoot_meta.json") or {})
+    kept = own.get("quantization", "none") if config else "none"
     return Source(
-        base_model=path, revision=revision, adapter=folder if config is not None else None, style=style,
+        base_model=path, revision=revision, adapter=folder if config else None, style=prompt_style or _style(record, root),
         quantization=quantization or kept, record=record,
     )  # fmt: skip
 
 
-def _style(record: dict[str, Any], meta: dict[str, Any]) -> str:
-    """The run's prompt style; where its rows chose for themselves and all alike, theirs."""
-    style = record.get("plan", {}).get("data", {}).get("prompt_style") or meta.get("prompt_style") or "auto"
+def find_asked(flags: Any) -> Source:
+    """find() by the flags that evaluate.py and infer.py share. Raises UsageError: also where they contradict each other."""
+    if flags.load_4bit and flags.load_8bit:
+        raise UsageError("--load_4bit and --load_8bit are two forms of one base: give one of them")
+    adapter = flags.lora_weights
+    if flags.config and not adapter:
+        adapter = str(run_file.read(flags.config).get("output_dir", "./output"))
+    return find(flags.base_model, adapter, flags.prompt_style, "int8" if flags.load_8bit else "nf4" if flags.load_4bit else None)
+
+
+def _style(record: dict[str, Any], folder: Path) -> str:
+    """The run's prompt style: its Jinja file as it then was; where its rows chose for themselves and all alike, theirs."""
+    style = str(record.get("plan", {}).get("data", {}).get("prompt_style", "auto"))
+    if style not in PROMPT_STYLES and (folder / PROMPT).is_file():
+        return str(folder / PROMPT)
     used = list(record.get("data", {}).get("styles", {}))
-    return used[0] if style == "auto" and len(used) == 1 else str(style)
+    return used[0] if style == "auto" and len(used) == 1 else style
 
 
 def _check_base(path: str, adapter: str | None, *, given: bool) -> None:
@@ -224,16 +242,3 @@ def _dtype(asked: str) -> str:
     if not torch.cuda.is_available():
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """The file's object; None where there is no file. Raises UsageError: it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no object")
-    return content

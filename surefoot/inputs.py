@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surefoot import checkpoint
-from surefoot.config import Config
+from surefoot.config import PROMPT_STYLES, Config
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
@@ -45,6 +45,7 @@ class Inputs:
     run_folder: RunFolder
     resume_stamp: dict[str, Any] | None
     problems: tuple[str, ...]
+    commit: str | None = None  # of a model of the Hub, which --revision names, or its main branch as it is now
 
 
 def inspect(config: Config) -> Inputs:
@@ -76,7 +77,7 @@ def inspect(config: Config) -> Inputs:
 
 
 def with_hub_config(found: Inputs, revision: str | None) -> Inputs:
-    """`found` with the config.json of a Hub model; as it was where it has one, or the Hub cannot give it (loading will say why)."""
+    """`found` with config.json and commit of a Hub model; as it was for a folder, or where the Hub cannot give them: loading says why."""
     if found.model_config is not None or found.problems:
         return found
     from huggingface_hub import hf_hub_download
@@ -87,7 +88,8 @@ def with_hub_config(found: Inputs, revision: str | None) -> Inputs:
     except (HfHubHTTPError, OSError, ValueError):
         return found
     content = _json(Path(path))
-    return dataclasses.replace(found, model_config=content) if isinstance(content, dict) else found
+    commit = Path(path).parent.name  # the Hub's cache keeps files under snapshots/COMMIT
+    return dataclasses.replace(found, model_config=content, commit=commit) if isinstance(content, dict) else found
 
 
 def _looks_local(path: str) -> bool:
@@ -147,9 +149,9 @@ def _check_data(flag: str, path: str, problems: list[str]) -> None:
 
 
 def _check_prompt(style: str, problems: list[str]) -> None:
-    if style in ("auto", "alpaca", "alpaca_indented", "chat") or Path(style).is_file():
+    if style in PROMPT_STYLES or Path(style).is_file():
         return
-    problems.append(f"--prompt_style={style} is neither auto, alpaca, alpaca_indented, chat, nor a Jinja file that exists")
+    problems.append(f"--prompt_style={style} is neither {', '.join(PROMPT_STYLES)}, nor a Jinja file that exists")
 
 
 def _check_checkpoint(flag: str, folder: Path, problems: list[str]) -> None:

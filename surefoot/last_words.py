@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from surefoot import signals
-from surefoot.errors import SurefootError
+from surefoot.errors import Preempted, SurefootError
 
 PATIENCE_S = 3.0  # for the others to fail alike, before the launcher ends them
 
@@ -26,6 +26,8 @@ def say(error: SurefootError) -> int:
         print(f"finetune.py: {error}", file=sys.stderr, flush=True)
     except FileExistsError:
         pass
+    if error.exit_code == Preempted.exit_code:
+        signals.tell_of_launcher()
     return _together(folder) or error.exit_code
 
 

@@ -1,8 +1,8 @@
-"""python -m surefoot.launcher WORDS OF ACCELERATE LAUNCH: the same, with the run's own exit code, and signals that reach the run.
+"""python -m surefoot.launcher WORDS: accelerate launch with the run's own exit code (surefoot.launch, for schedulers, ends here).
 
-accelerate launch (1.15) answers whatever a run's processes say with exit code 1, lets SIGUSR1 kill it and leave them behind, and gives
-them 30 s after SIGTERM. Here the first SIGTERM, SIGINT or SIGUSR1 becomes a stop file that the processes look for in each step, and a
-second one kills them.
+WORDS are accelerate launch's own. It (1.15) answers whatever a run's processes say with exit code 1, lets SIGUSR1 kill it and leave them
+behind, and gives them 30 s after SIGTERM. Here the first SIGTERM, SIGINT or SIGUSR1 becomes a stop file that the processes look for in
+each step, and a second one kills them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
-from surefoot.errors import Preempted
-from surefoot.signals import ECHO_S, STOPS
-
-VARIABLE = "SUREFOOT_STOP_FILE"
+from surefoot.errors import BackendError, Preempted
+from surefoot.signals import ECHO_S, STOP_FILE, STOPS
 
 
 def main(words: list[str]) -> int:
@@ -29,9 +27,9 @@ def main(words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    given = os.environ.get(VARIABLE)
+    given = os.environ.get(STOP_FILE)
     file = Path(given) if given else Path(tempfile.mkdtemp(prefix="surefoot-stop-")) / "stop"
-    os.environ[VARIABLE] = str(file)
+    os.environ[STOP_FILE] = str(file)
     asked = _pass_on_signals(file)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torchrun's own handlers would replace those made here
     try:
@@ -43,6 +41,9 @@ def main(words: list[str]) -> int:
         return exit_code([error.returncode], was_asked=bool(asked))
     except SignalException as error:
         return 128 + error.sigval
+    except ConnectionError as error:  # of several machines; on one of them accelerate looks for a free port itself
+        print(f"surefoot.launcher: --main_process_port: {str(error).splitlines()[0]}", file=sys.stderr)
+        return BackendError.exit_code
     finally:
         file.unlink(missing_ok=True)  # obeyed; it must not stop the next start
     return 0

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear4bit
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 
@@ -29,6 +28,8 @@ def start(model: Any, path: str, revision: str | None) -> int:
     Raises:
         BackendError: the checkpoint lacks a layer's weight under the layer's name.
     """
+    from peft.tuners.lora import Linear4bit  # PEFT has it only where bitsandbytes is installed
+
     layers = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surefoot.signals import STOP_FILE
+
 PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "bitsandbytes", "deepspeed",
     "flash-attn", "xformers", "liger-kernel", "triton", "unsloth", "unsloth_zoo", "trl", "tensorboard", "wandb", "trackio", "mlflow",
@@ -115,7 +117,7 @@ def probe() -> Machine:
         cache_dir=str(_cache_dir()),
         cpu_name=_cpu_name(),
         driver=_driver(),
-        stop_file=env.get("SUREFOOT_STOP_FILE") or None,
+        stop_file=env.get(STOP_FILE) or None,
         unsloth_switches=tuple(sorted(f"{name}={value}" for name, value in env.items() if name.startswith(("UNSLOTH_", "XFORMERS_")))),
         unsloth_refused=env.get(UNSLOTH_REFUSED),
     )

@@ -38,7 +38,7 @@ def run(config: Config) -> Path:
 def decide(config: Config, here: Machine, say: Any) -> Plan:
     """The plan, printed. What it must know of Unsloth and of attention kernels is tried first, except under --dry_run."""
     found = inputs.inspect(config)
-    if here.gpus and not config.dry_run:
+    if not config.dry_run:
         found = inputs.with_hub_config(found, config.revision)
     case = unsloth_to_try(config, here, found)
     tried = None if case is None else detection.known(here, case) if config.dry_run else detection.ask(here, case, say=say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import NoReturn
@@ -78,10 +79,15 @@ def _fsdp_on_cpu() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 
+def _speaks_of_more_than_the_cpu(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
 def quiet() -> None:
-    """transformers says nothing below an error, and draws bars only on a terminal."""
+    """transformers says nothing below an error, and draws bars only on a terminal; DeepSpeed does not say that there is no GPU."""
     import transformers
 
+    logging.getLogger("DeepSpeed").addFilter(_speaks_of_more_than_the_cpu)  # accelerate imports it wherever it is installed
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

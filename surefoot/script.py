@@ -18,6 +18,7 @@ from surefoot.errors import SurefootError, UsageError, joined
 from surefoot.flag_values import convert, kinds
 
 T = TypeVar("T")
+HELP = ("-h", "--help", "help")
 PATIENCE_S = 10.0
 REQUIRED = dataclasses.MISSING
 
@@ -30,21 +31,38 @@ def flag(default: Any, doc: str, *, choices: tuple[Any, ...] = (), low: float | 
     return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "is_bare": is_bare})
 
 
-def main(kind: type[T], usage: str, run: Callable[[T], None]) -> int:
-    """Reads argv, runs through Fire and returns the exit code; a user's mistake is one message and no traceback."""
+def main(kind: type[T], usage: str, run: Callable[..., int | None], *, passes_on: bool = False) -> int:
+    """Reads argv, runs through Fire and returns the exit code, run()'s own or 0; a user's mistake is one message and no traceback.
+
+    Args:
+        passes_on: the words of flags that are not the script's own are another program's: run(flags, words).
+    """
     import fire
 
     argv = sys.argv[1:]
-    if any(word in ("-h", "--help", "help") for word in argv):
-        print(f"{usage}\n\n{help_text(kind)}")
+    if any(word in HELP for word in argv) or (passes_on and not argv):
+        print(f"{usage.rstrip()}\n\n{help_text(kind)}")
         return 0
     try:
-        line = [f"--{name}={value!r}" for name, value in vars(parse(kind, argv)).items()]  # literals, so that Fire guesses nothing
-        fire.Fire(lambda **given: run(kind(**given)), command=line, serialize=lambda _: None)
+        own, rest = parted(kind, argv) if passes_on else (argv, [])
+        line = [f"--{name}={value!r}" for name, value in vars(parse(kind, own)).items()]  # literals, so that Fire guesses nothing
+        more = [rest] if passes_on else []
+        code = fire.Fire(lambda **given: run(kind(**given), *more), command=line, serialize=lambda _: None)
     except SurefootError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    return code or 0
+
+
+def parted(kind: type[Any], argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of the script's own flags, and those of all others."""
+    flags, own, rest = _flags(kind), list[str](), list[str]()
+    into = rest
+    for word in argv:
+        if word.startswith("--"):
+            into = own if word[2:].partition("=")[0].replace("-", "_") in flags else rest
+        into.append(word)
+    return own, rest
 
 
 def parse(kind: type[T], argv: Sequence[str]) -> T:

@@ -16,6 +16,7 @@ from surefoot.errors import Preempted
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_S = 2.0  # a terminal and a launcher each pass on one Ctrl-C: what comes so soon is the same request
+STOP_FILE = "SUREFOOT_STOP_FILE"  # the variable that names it; surefoot.launcher always sets it
 STUCK_S = 5.0  # for a Python handler to get its turn
 
 
@@ -59,6 +60,7 @@ class StopRequest:
 
     def _leave(self, who: str) -> None:
         _write(f"{who} before this process has finished a step: nothing is lost, the same command with --resume goes on")
+        tell_of_launcher()
         ignore()
         raise SystemExit(Preempted.exit_code)
 
@@ -69,6 +71,12 @@ class StopRequest:
 def _write(text: str) -> None:
     """Past sys.stderr, which the signal may have interrupted in the middle of a line."""
     os.write(2, f"finetune.py: process {os.getpid()}: {text}\n".encode())
+
+
+def tell_of_launcher() -> None:
+    """Rank 0 says what torchrun, under accelerate launch or by itself, makes of exit code 75. Ours passes it on."""
+    if os.environ.get("RANK") == "0" and "TORCHELASTIC_RUN_ID" in os.environ and STOP_FILE not in os.environ:
+        _write("this launcher answers 1 to our exit code 75; `python -m surefoot.launcher` in place of `accelerate launch` passes it on")
 
 
 def ignore() -> None:

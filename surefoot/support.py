@@ -93,6 +93,7 @@ REFUSED = (
 PLAIN, FAST = (False,), (True,)
 ENGINES_OF_TWO = ENGINES[1:5]
 ON_CPU = "2026-11-21, two CPU cores, scripts/dev.lock"
+ON_GPU = "2026-11-21, one H200, torch 2.11.0+cu130, bitsandbytes 0.50.2"
 FILE = "tests/test_engines.py::"
 TESTS = (
     Test(
@@ -114,12 +115,40 @@ TESTS = (
         ON_CPU,
     ),
     Test(
+        "tests/test_torture.py::test_cell_when_killed_at_random_places_then_goes_on_bitwise",
+        (
+            Cells(methods=("lora",), quantizations=("none",), engines=("single", "zero2"), compiles=PLAIN, packs=PLAIN),
+            Cells(methods=("lora",), quantizations=("none",), engines=("zero3", "fsdp2"), compiles=PLAIN, packs=(True,)),
+            Cells(methods=("dora",), quantizations=("none",), engines=("single", "zero2"), compiles=PLAIN, packs=(True,)),
+            Cells(methods=("dora",), quantizations=("none",), engines=("zero3", "fsdp2"), compiles=PLAIN, packs=PLAIN),
+            Cells(methods=("lora",), quantizations=("nf4",), engines=("single", "zero2", "zero3", "fsdp2"), compiles=PLAIN, packs=PLAIN),
+        ),
+        ON_CPU,
+    ),
+    Test(
+        "tests/test_torture.py::test_ddp_cell_when_killed_at_random_places_then_goes_on_bitwise",
+        (
+            Cells(methods=("lora",), quantizations=("none",), engines=("ddp",), compiles=PLAIN, packs=(True,)),
+            Cells(methods=("dora",), quantizations=("none",), engines=("ddp",), compiles=PLAIN, packs=PLAIN),
+            Cells(methods=("lora",), quantizations=("nf4",), engines=("ddp",), compiles=PLAIN, packs=PLAIN),
+        ),
+        "",
+    ),
+    Test(
         f"{FILE}test_cell_when_a_gpu_runs_it_then_learns",
         (
             Cells(methods=("lora", "dora"), engines=("single",), compiles=FAST),
             Cells(methods=("dora",), quantizations=("int8",), engines=("single",), compiles=PLAIN),
         ),
-        "",
+        ON_GPU,
+    ),
+    Test(
+        "tests/test_gpu_unsloth.py::test_unsloth_when_on_a_gpu_then_trains_as_hf_does_and_says_what_ran",
+        (
+            Cells(methods=("lora", "dora"), quantizations=("none",), engines=("unsloth",), compiles=PLAIN, packs=PLAIN),
+            Cells(methods=("lora",), quantizations=("nf4",), engines=("unsloth",), compiles=PLAIN, packs=PLAIN),
+        ),
+        f"{ON_GPU}, unsloth 2026.10.9",
     ),
     Test(
         f"{FILE}test_cell_when_two_gpus_run_it_then_losses_and_adapter_are_those_of_one",

@@ -1,7 +1,7 @@
 """A Docker engine of the test's own (Debian's docker.io), and a base of Debian under the real base's name that the real Dockerfiles build on.
 
-The base stands in for nvidia/cuda: it has no CUDA, so the images get torch's CPU build through --build-arg LOCK. SUREFOOT_TEST_ROOT names a
-folder that debootstrap made earlier.
+The base stands in for nvidia/cuda: it has no CUDA, so the images get torch's CPU build through --build-arg LOCK. SUREFOOT_TEST_ENGINE names a
+folder that keeps the engine's images and layers from one run of the tests to the next.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.conftest import ROOT
+from tests.real import wait_for
 
 DOCKER = "/usr/bin/docker"  # Debian's; a newer client wants the buildx plug-in
 PACKAGES = "ca-certificates,python3,python3-venv,gcc,g++,libc6-dev"
@@ -36,9 +36,10 @@ def environment(folder: Path, **changes: str) -> dict[str, str]:
 @contextmanager
 def engine() -> Iterator[Path]:
     """The engine's folder. Its rights are those of a machine without CAP_SYS_RESOURCE and without iptables."""
-    folder = Path(tempfile.mkdtemp(prefix="docker-"))
-    (folder / "bin").mkdir()
-    (folder / "bin/docker").symlink_to(DOCKER)
+    kept = os.environ.get("SUREFOOT_TEST_ENGINE")
+    folder = Path(kept or tempfile.mkdtemp(prefix="docker-"))
+    (folder / "bin").mkdir(parents=True, exist_ok=True)
+    stub(folder, "docker", f'exec {DOCKER} "$@"')
     stub(folder, "nvidia-container-runtime-hook", "exit 0")  # lets `--gpus` pass
     stub(folder, "nvidia-smi", 'printf "GPU 0: a\\nGPU 1: b\\n"')
     settings = {
@@ -51,16 +52,14 @@ def engine() -> Iterator[Path]:
     command = ["dockerd", "--config-file", folder / "daemon.json"]
     daemon = subprocess.Popen(command, env=environment(folder), stdout=log, stderr=log, start_new_session=True)
     try:
-        for _ in range(100):
-            if subprocess.run([DOCKER, "version"], env=environment(folder), capture_output=True).returncode == 0:
-                break
-            time.sleep(0.2)
+        wait_for(lambda: subprocess.run([DOCKER, "version"], env=environment(folder), capture_output=True).returncode == 0, "an engine")
         yield folder
     finally:
         daemon.send_signal(signal.SIGTERM)
         daemon.wait()
         log.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def stub(folder: Path, name: str, script: str) -> None:
@@ -76,12 +75,19 @@ def torch_version() -> str:
 
 def import_base(folder: Path) -> None:
     """The stand-in base, with torch's CPU wheel in /wheels, under the names that the Dockerfiles ask for."""
-    root = Path(os.environ.get("SUREFOOT_TEST_ROOT") or folder / "root")
+    shutil.rmtree(folder / "checkout", ignore_errors=True)
+    base = f"base:{torch_version().replace('+', '-')}"
+    if subprocess.run([DOCKER, "image", "inspect", base], env=environment(folder), capture_output=True).returncode:
+        make_base(folder, base)
+    for number in (1, 2, 3):
+        subprocess.run([DOCKER, "tag", base, base_of(number)], env=environment(folder), check=True)
+
+
+def make_base(folder: Path, name: str) -> None:
+    root, wheels = folder / "root", folder / "wheels"
     if not (root / "usr").exists():
-        subprocess.run(
-            ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", root], check=True, stdout=subprocess.DEVNULL
-        )
-    wheels = folder / "wheels"
+        command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", root]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels, f"torch=={torch_version()}"]
     subprocess.run(download, check=True)
     certificates = "etc/ssl/certs/ca-certificates.crt"
@@ -90,10 +96,8 @@ def import_base(folder: Path) -> None:
     path = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     left_out = ["--exclude=./var/cache/apt", "--exclude=./etc/resolv.conf", "--exclude=./etc/hosts", "--exclude=./wheels"]
     files = subprocess.Popen(["tar", *left_out, "-c", "-C", root, ".", "-C", folder, "wheels"], stdout=subprocess.PIPE)
-    subprocess.run([DOCKER, "import", "-c", variables, "-c", path, "-", "base"], stdin=files.stdout, env=environment(folder), check=True)
+    subprocess.run([DOCKER, "import", "-c", variables, "-c", path, "-", name], stdin=files.stdout, env=environment(folder), check=True)
     assert files.wait() == 0
-    for number in (1, 2, 3):
-        subprocess.run([DOCKER, "tag", "base", base_of(number)], env=environment(folder), check=True)
 
 
 def base_of(number: int) -> str:

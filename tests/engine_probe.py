@@ -1,7 +1,7 @@
 """Started by accelerate in finetune.py's place: trains as it does, and each process writes what its live engine holds to PROBE.RANK (JSON).
 
-Of one layer's A, B and magnitude: the dtype in the layer's forward pass, of the gradient and of Adam's first moment, and how many elements
-this process keeps between the steps; of its base weight dtype and shape in the forward pass; how often its norms were made in each step.
+Of one layer's A, B and magnitude: the dtype in the layer's forward pass, of the gradient, of what the optimizer updates and of Adam's first
+moment, whether that has moved, and how many elements this process keeps between the steps; of its base weight dtype and shape in the forward pass; how often its norms were made in each step.
 """
 
 from __future__ import annotations
@@ -56,17 +56,25 @@ def note_rest(trainer: SurefootTrainer) -> None:
         if parameter.grad is not None:
             tensors[kind]["gradient"] = str(parameter.grad.dtype)
         if trainer.state.global_step:
-            tensors[kind]["moment"] = str(moment(trainer, parameter).dtype)
+            master, moment = kept_by_optimizer(trainer, parameter)
+            tensors[kind] |= {"master": str(master.dtype), "moment": str(moment.dtype), "moves": bool(moment.any())}
 
 
-def moment(trainer: SurefootTrainer, parameter: Any) -> torch.Tensor:
-    if trainer.engine == "deepspeed":
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+def kept_by_optimizer(trainer: SurefootTrainer, parameter: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What this process's optimizer updates of a parameter, and its first moment.
 
-        assert safe_get_full_fp32_param(parameter).dtype == torch.float32
-        return safe_get_full_optimizer_state(parameter, "exp_avg")  # type: ignore[no-any-return]
+    DeepSpeed's are read off its own flat tensors: safe_get_full_fp32_param and safe_get_full_optimizer_state copy into fp32 whatever is
+    kept, and ZeRO-2 (0.19.8) links the state of each parameter once its first group has stepped, when the other groups have none yet.
+    """
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    return optimizer.state[parameter]["exp_avg"]  # type: ignore[no-any-return]
+    if trainer.engine != "deepspeed":
+        return parameter, optimizer.state[parameter]["exp_avg"]
+    if hasattr(parameter, "ds_id"):
+        flat = optimizer.fp32_partitioned_groups_flat[optimizer.grad_position[optimizer.get_param_id(parameter)][0]]
+    else:
+        groups = [any(one is parameter for one in group) for group in optimizer.bit16_groups]
+        flat = optimizer.single_partition_of_fp32_groups[groups.index(True)]
+    return flat, optimizer.optimizer.state[flat]["exp_avg"]
 
 
 def training_step(self: SurefootTrainer, model: Any, *args: Any, **named: Any) -> Any:

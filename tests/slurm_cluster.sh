@@ -43,7 +43,7 @@ JobRequeue=1
 ReturnToService=2
 MpiDefault=none
 KillWait=3
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=64 RealMemory=500000 Gres=gpu:2 State=UNKNOWN
 PartitionName=p Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 munged --force --key-file="$folder/munge/munge.key" --socket="$folder/munge.sock" --pid-file="$folder/munged.pid" \

@@ -178,7 +178,10 @@ def test_alpha_when_it_is_neither_rule_nor_positive_number_then_is_refused(alpha
     [
         ({"backend": "unsloth", "attn_impl": "sdpa"}, {}, "run this command with --backend=unsloth --attn_implementation=sdpa"),
         ({"quantization": "nf4", "backend": "bnb"}, {}, "--backend=bnb --load_4bit=True"), ({"dtype": "fp16"}, {}, "--fp16=True"),
-        ({"world_size": 2}, {}, "run this command under accelerate launch --num_processes 2"), ({"base_model": "org/other"}, {}, "--base_model=org/other"),
+        ({"world_size": 2, "engine": "ddp"}, {}, "under accelerate launch --config_file profiles/ddp.yaml --num_processes 2"),
+        ({"engine": "zero2"}, {}, "under accelerate launch --config_file profiles/ds_zero2.yaml --num_processes 1"),
+        ({"engine": "zero3", "offloads": True, "world_size": 4}, {}, "profiles/ds_zero3_offload.yaml --num_processes 4"),
+        ({"base_model": "org/other"}, {}, "--base_model=org/other"),
         ({"revision": "abc"}, {}, "--revision=abc"), ({"revision": None}, {"revision": "abc"}, "with no --revision"),
     ],
 )  # fmt: skip

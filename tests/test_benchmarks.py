@@ -24,10 +24,10 @@ class Bench(NamedTuple):
 
 
 def speed(folder: Path, *words: str, out: str = "speed.json") -> subprocess.CompletedProcess[str]:
-    """speed.py with one round of four steps on the tiny shape."""
+    """speed.py with one round of twelve steps on the tiny shape."""
     command = [
         sys.executable, str(BENCHMARKS / "speed.py"), f"--data={TRAIN_ROWS}", f"--out={folder / out}", f"--work={folder / 'work'}",
-        "--tiny", "--only=dora_2048", "--rounds=1", "--steps=4", "--warmup=1", *words,
+        "--tiny", "--only=dora_2048", "--rounds=1", "--steps=12", "--warmup=1", *words,
     ]  # fmt: skip
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=True)
 
@@ -49,8 +49,8 @@ def test_speed_when_run_then_holds_the_figures_of_ours_and_of_the_peer(bench: Be
     assert [run.get("error") for run in runs.values()] == [None, None]
     assert set(runs) == {OURS, PEER}
     for run in runs.values():
-        assert [tokens for tokens, _ in run["steps"]] == [4 * 64] * 4
-        assert run["tokens_per_s"] == pytest.approx(256 / sorted(seconds for _, seconds in run["steps"][1:])[1], rel=0.01)
+        assert [(steps, tokens) for steps, tokens, _ in run["windows"]] == [(1, 4 * 64), (3, 4 * 64), (4, 4 * 64), (4, 4 * 64)]
+        assert run["tokens_per_s"] == pytest.approx(256 / sorted(seconds for _, _, seconds in run["windows"][1:])[1], rel=0.01)
         assert 0.05 < run["peak_memory_gib"] < 8
         assert run["losses"][0] == pytest.approx(math.log(8192), abs=0.1)  # random weights: every token is as likely as another
     assert runs[OURS]["losses"][-1] == pytest.approx(runs[PEER]["losses"][-1], abs=0.1)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +61,27 @@ def test_benchmark_when_stopped_and_called_again_then_does_what_is_missing(tmp_p
         with gzip.open(data / f"{name}.jsonl.gz", "wt") as file:
             file.write("\n".join(rows) + "\n")
 
-    def start(*words: str) -> str:
-        command = [
-            sys.executable, str(ROOT / "benchmarks/commonsense_smollm2.py"), f"--model={SMALL_MODEL}", f"--data={data}",
-            f"--out={tmp_path / 'out.json'}", f"--work={tmp_path / 'work'}", "--at_once=1", "--batch_size=8", "--stage=1",
-            "--flags=--batch_size=32 --per_device_train_batch_size=16 --lora_r=4", "--seeds=1", "--methods=dora", *words,
-        ]  # fmt: skip
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=500).stdout
+    work = tmp_path / "work"
+    command = [
+        sys.executable, str(ROOT / "benchmarks/commonsense_smollm2.py"), f"--model={SMALL_MODEL}", f"--data={data}",
+        f"--out={tmp_path / 'out.json'}", f"--work={work}", "--at_once=1", "--batch_size=8", "--stage=1", "--rows=96",
+        "--flags=--batch_size=32 --per_device_train_batch_size=16 --lora_r=4 --save_step=1", "--seeds=1", "--methods=dora",
+    ]  # fmt: skip
 
-    assert "2 of 2 runs are missing" in start("--time_limit_s=1")
+    def start(*words: str) -> str:
+        return subprocess.run([*command, *words], capture_output=True, text=True, check=True, timeout=500).stdout
+
+    assert "2 of 2 runs are missing" in start("--time_limit_s=0")
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not (work / "ours_dora_1/checkpoint-1").is_dir():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)  # as a machine that takes back its time does, trainings and all
+    killed.wait()
     assert "nothing is missing" in start()
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found["runs"]) == {"ours_dora_1", "peft_dora_1"}
+    assert len(json.loads((work / "ours_dora_1/run.json").read_text())["resumes"]) == 1
     for run in found["runs"].values():
         assert run["scores"]["generate"]["social_i_qa"]["rows"] == 8
         assert run["summary"]["steps"] == 3

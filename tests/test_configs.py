@@ -51,6 +51,8 @@ def test_config_when_parsed_and_dry_run_then_plans(
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_when_checked_as_an_editor_does_then_is_accepted(path: Path) -> None:
+    first, *_ = path.read_text().splitlines()
+    assert first == "# yaml-language-server: $schema=schema.json"
     assert complaints(yaml.safe_load(path.read_text())) == []
 
 

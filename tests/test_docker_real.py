@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,8 +46,11 @@ def test_image_when_built_then_is_labelled_listed_and_without_root(engine: Path,
     assert image["Config"]["User"] == "1000:1000"
     assert image["Config"]["Labels"]["org.opencontainers.image.title"] == f"surefoot stage {stage}"
     assert "LD_LIBRARY_PATH=" in image["Config"]["Env"]
-    listed = docker(engine, "run", "--rm", "--entrypoint", "cat", f"surefoot:stage{stage}", "/surefoot/sbom.cdx.json").stdout
-    assert {"transformers", "torch", "gcc"} <= {component["name"] for component in json.loads(listed)["components"]}
+    script = 'cat /surefoot/sbom.cdx.json; dpkg-query -W -f "\\${Package}\n" >&2'
+    shown = docker(engine, "run", "--rm", "--entrypoint", "sh", f"surefoot:stage{stage}", "-c", script)
+    components = [(part["name"], part["purl"]) for part in json.loads(shown.stdout)["components"]]
+    assert {"transformers", "torch"} <= {name for name, _ in components}
+    assert {name for name, url in components if url.startswith("pkg:deb/")} == set(shown.stderr.split())
 
 
 def test_image_when_started_then_has_checked_its_stack_and_has_a_doctor(engine: Path, tmp_path: Path) -> None:
@@ -83,6 +87,14 @@ def test_run_when_docker_stops_it_then_ends_with_75_and_goes_on_exactly(engine: 
     assert real.steps_done(stopped) < real.STEPS
     assert run(engine, tmp_path, *real.flags(stopped), "--resume", **two).returncode == 0
     real.assert_same_run(stopped, left_alone)
+
+
+def test_container_when_stopped_before_the_run_began_then_ends_with_75(engine: Path) -> None:
+    name = docker(engine, "run", "--detach", "--init", "surefoot:stage1", "--help").stdout.strip()
+    time.sleep(0.5)  # the check of the stack takes seconds
+    assert docker(engine, "stop", "--time", "60", name).returncode == 0
+    assert docker(engine, "inspect", "--format", "{{.State.ExitCode}}", name).stdout == "75\n"
+    docker(engine, "rm", name)
 
 
 def test_mistake_when_made_in_the_container_then_its_exit_code_comes_out(engine: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from surefoot.doctor.check import VERDICTS, Check
 from surefoot.doctor.gpus import Smi
 from surefoot.doctor.stack import Library
 from tests.conftest import ROOT
-from tests.test_doctor_judging import CPU
+from tests.stacks import CPU
 
 Run = subprocess.CompletedProcess[str]
 SMI = """#!/bin/sh
@@ -135,13 +135,13 @@ def test_doctor_when_packaging_is_missing_then_one_sentence(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--jsn"], "--jsn is not a flag: did you mean --json?"),
-        (["--output-dirs=x"], "--output-dirs=x is not a flag: did you mean --output_dir?"),
-        (["--stage=2"], "--stage=2 is not a flag: there are --output_dir, --json, --help"),
-        (["--json=yes"], "--json=yes: --json takes no value"),
-        (["--output_dir"], "--output_dir needs a folder"),
-        (["--output_dir", "--json"], "--output_dir needs a folder"),
-        (["here", "-v"], "stray word 'here': flags begin with --; -v is not a flag"),
+        (["--jsn"], "--jsn is not a flag. Did you mean --json?"),
+        (["--output-dirs=x"], "--output_dirs is not a flag. Did you mean --output_dir?"),
+        (["--stage=2"], "--stage is not a flag. See --help"),
+        (["--json=maybe"], "--json=maybe must be True or False"),
+        (["--output_dir"], "--output_dir needs a value"),
+        (["--output_dir", "--json"], "--output_dir needs a value"),
+        (["here", "-v"], "2 problems:\n  - stray word 'here': flags begin with --"),
     ],
 )
 def test_doctor_when_a_flag_is_wrong_then_exits_2_with_the_way_out(words: list[str], complaint: str) -> None:

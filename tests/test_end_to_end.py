@@ -38,6 +38,16 @@ def test_run_folder_when_done_then_holds_the_records(trained: Path) -> None:
     assert not list(trained.rglob("training_args.bin"))
 
 
+def test_run_when_only_what_setup_cfg_requires_is_installed_then_learns(rows: Path, tmp_path: Path) -> None:
+    newer = ("torch.nn.attention.varlen",)  # than the oldest torch that setup.cfg takes
+    extras = ("bitsandbytes", "deepspeed", "gguf", "liger_kernel", "lm_eval", "rouge_score", "trl")
+    start = f"import runpy, sys; sys.modules.update(dict.fromkeys({extras + newer})); runpy.run_path('finetune.py', run_name='__main__')"
+    flags = words(quick(data_path=rows, output_dir=tmp_path / "run", max_steps=2, eval_strategy="no", save_strategy="no"))
+    done = subprocess.run([sys.executable, "-c", start, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(logs(tmp_path / "run", "loss")) == 2
+
+
 def test_log_line_when_training_then_has_every_figure(trained: Path) -> None:
     first = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
     assert {

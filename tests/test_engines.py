@@ -209,7 +209,8 @@ def test_masters_when_an_engine_trains_in_bf16_then_are_fp32_in_forward_gradient
         base = probe["tensors"].pop("base_layer")
         assert base == {"forward": "torch.bfloat16", "shape": [256, 256]}
         for kind, seen in probe["tensors"].items():
-            assert (seen["forward"], seen["gradient"], seen["moment"]) == ("torch.float32",) * 3, kind
+            assert {seen[what] for what in ("forward", "gradient", "master", "moment")} == {"torch.float32"}, kind
+            assert seen["moves"], kind
         made = [probe["norms"][str(step)] for step in range(3)]
         assert made == [1, 1, 1], "of each step, though it has two passes, and each layer runs twice in each"
     kept = [probe["tensors"]["lora_B"]["kept"] for probe in probes]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import json
 import shutil
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from finetune import train
-from surefoot import script
+from surefoot.data.report import Tally
 from surefoot.errors import UsageError
 from surefoot.plan import DataPlan
-from tests.conftest import HELDOUT_ROWS, ROOT, SMALL_MODEL, TRAIN_ROWS
+from tests.called import call, start
+from tests.conftest import HELDOUT_ROWS, SMALL_MODEL, TRAIN_ROWS
 from tests.runs import quick
 
 
@@ -30,30 +25,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = folder / "rows.jsonl"
     rows.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:64]) + "\n")
     return train(**quick(data_path=rows, output_dir=folder / "out"))
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def start(name: str, *words: object, cwd: Path) -> Done:
-    """A script in a process of its own."""
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def call(name: str, *words: object, cwd: Path, asked: str = "") -> Done:
-    """The same in this process, which has torch loaded already."""
-    module = importlib.import_module(f"scripts.{name.removesuffix('.py')}")
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd), redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [name, *map(str, words)])
-        patch.setattr(sys, "stdin", io.StringIO(asked))
-        code = script.main(module.Flags, module.USAGE, module.run)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 def heldout(task: str, count: int) -> list[dict[str, str]]:
@@ -90,6 +61,8 @@ def test_evaluate_when_given_the_older_recipes_flags_then_scores_the_task_and_re
     right = sum(row["trained"]["prediction"] == row["reference"] for row in rows)
     assert right == boolq["scores"]["trained"]["accuracy"]["correct"]
     assert "rows put right by training" in done.stdout
+    assert str(run_folder / "report.html") in done.stdout
+    assert '<td class="plain">boolq</td>' in (run_folder / "report.html").read_text()
 
 
 def test_evaluate_when_split_is_val_then_takes_the_rows_the_run_held_out(run_folder: Path, tmp_path: Path) -> None:
@@ -177,6 +150,20 @@ def test_infer_when_talked_to_then_keeps_the_conversation_of_a_chat_model(tmp_pa
     assert history.rstrip().endswith("(nothing was said yet)")
 
 
+def test_infer_when_all_training_rows_had_one_system_turn_then_talks_under_it(tmp_path: Path) -> None:
+    said = [("system", "Answer like a pirate."), ("user", "Ready?"), ("assistant", "Aye.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
+    train(**quick(data_path=tmp_path / "rows.jsonl", output_dir=tmp_path / "run", val_set_size=0, audit="warn", max_steps=2))
+    for words, has_system in (((), True), (("--system=",), False)):
+        done = call("infer.py", "--lora_weights=run", "--max_new_tokens=2", *words, cwd=tmp_path, asked="Hello\n/history\n/exit\n")
+        assert done.returncode == 0, done.stderr
+        history = done.stdout[done.stdout.index("<|begin_of_text|>") :]
+        assert ("Answer like a pirate." in history) is has_system
+        assert ("system turn: Answer like a pirate." in done.stderr) is has_system
+    assert Tally(systems={"Be brief.", ""}).system == ""
+
+
 def test_infer_when_the_run_learned_single_questions_then_asks_each_alone_and_weights_agree(run_folder: Path, tmp_path: Path) -> None:
     talked = call("infer.py", f"--lora_weights={run_folder}", "--max_new_tokens=4", cwd=tmp_path, asked="One\nTwo\n/history\n")
     assert "each question is asked alone" in talked.stderr
@@ -209,7 +196,8 @@ WRONG = {
         f"--base_model={SMALL_MODEL} --split=val": "has no run.json",
         f"--base_model={SMALL_MODEL} --data_path=./rows.jsonl": "--data_path=./rows.jsonl does not exist",
         "--batch_size=0 --scorin=x": "2 problems",
-        "--compare missing.json": "--compare missing.json cannot be read",
+        "--compare missing.json": "--compare missing.json is no file",
+        f"--base_model={SMALL_MODEL} --load_4bit --load_8bit": "are two forms of one base",
         "--scoring=guess": "--scoring=guess is not one of generate, loglikelihood",
     },
     "infer.py": {

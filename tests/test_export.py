@@ -142,7 +142,9 @@ def test_modelfile_when_made_from_a_chat_template_then_writes_its_text(template:
     tokenizer.chat_template = template or tokenizer.chat_template
     found = serving.pieces(tokenizer, "chat")
     assert found is not None
-    text = serving.modelfile("./x.gguf", found, tokenizer, adds_bos=True)
+    text = serving.modelfile("./x.gguf", found, tokenizer, adds_bos=True, system="Be kind.")
+    assert 'SYSTEM """Be kind."""\n' in text
+    assert "SYSTEM" not in serving.modelfile("./x.gguf", found, tokenizer, adds_bos=True)
     template_text = text.split('"""')[1]
     for system in ("", "Be brief."):
         turns = [("system", system)] * bool(system) + [("user", "One?"), ("assistant", "Two."), ("user", "Three?")]

@@ -20,8 +20,8 @@ from surefoot.data.packing import best_fit
 from surefoot.data.rows import Collator
 from surefoot.training import leak
 from surefoot.verdicts import Shape
+from tests.packed import LENGTHS, PAD, collated, commonsense_lengths, distance, rows_of, small_model, trained_on
 from tests.runs import logs, words
-from tests.test_packing import LENGTHS, PAD, collated, commonsense_lengths, distance, rows_of, small_model, trained_on
 from tests.test_packing_run import few, of_an_epoch  # noqa: F401
 
 pytestmark = pytest.mark.gpu

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from surefoot import detection, machine
+from surefoot import detection, machine, support
 from surefoot.detection import Case
+from surefoot.support import Cell
 from tests import stubs
 from tests.conftest import SMALL_MODEL, TRAIN_ROWS
 from tests.runs import logs, tensors
@@ -25,7 +26,8 @@ Finetune = Callable[..., subprocess.CompletedProcess[str]]
 
 # Unsloth keeps the residual stream and the norms in bf16, hf in fp32: per step the losses may differ by what bf16 rounds.
 MEAN_BAND, STEP_BAND = 0.03, 0.15  # of the mean loss; of a step's own loss
-CASES = {"lora": "--adapter_name=lora", "dora": "--adapter_name=dora", "qlora": "--adapter_name=lora --load_4bit=True"}
+UNSLOTH = "tests/test_gpu_unsloth.py::test_unsloth_when_on_a_gpu_then_trains_as_hf_does_and_says_what_ran"
+CASES = support.cells_of(UNSLOTH)
 COMMON = (
     f"--base_model={SMALL_MODEL} --data_path={TRAIN_ROWS} --bf16 --batch_size=16 --per_device_train_batch_size=8 --max_steps=20 "
     "--learning_rate=1e-3 --lora_dropout=0 --lora_r=16 --lora_alpha=2r --packing=False --logging_steps=1 --val_set_size=32 --eval_step=10 "
@@ -33,23 +35,24 @@ COMMON = (
 )
 
 
-def flags(case: str, backend: str, folder: str) -> list[str]:
-    return f"{COMMON} {CASES[case]} --backend={backend} --output_dir={folder}".split()
+def flags(case: Cell, backend: str, folder: str) -> list[str]:
+    loading = f"--adapter_name={case.method} --load_4bit={case.quantization == 'nf4'}"
+    return f"{COMMON} {loading} --backend={backend} --output_dir={folder}".split()
 
 
-@pytest.fixture(params=CASES)
-def pair(request: pytest.FixtureRequest, finetune: Finetune, tmp_path: Path) -> tuple[str, str]:
+@pytest.fixture(params=CASES, ids=str)
+def pair(request: pytest.FixtureRequest, finetune: Finetune, tmp_path: Path) -> tuple[Cell, str]:
     """A case, and what its Unsloth run printed; the folders unsloth/ and hf/ are in tmp_path."""
-    case = str(request.param)
+    case: Cell = request.param
     printed = {}
-    for backend in ("unsloth", "hf" if "4bit" not in CASES[case] else "bnb"):
+    for backend in ("unsloth", "hf" if case.quantization == "none" else "bnb"):
         done = finetune(*flags(case, backend, "unsloth" if backend == "unsloth" else "hf"), "--strict_backend", timeout_s=600)
         assert done.returncode == 0, done.stderr
         printed[backend] = done.stdout
     return case, printed["unsloth"]
 
 
-def test_unsloth_when_on_a_gpu_then_trains_as_hf_does_and_says_what_ran(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_unsloth_when_on_a_gpu_then_trains_as_hf_does_and_says_what_ran(pair: tuple[Cell, str], tmp_path: Path) -> None:
     case, printed = pair
     ours, theirs = (torch.tensor(logs(tmp_path / name, "loss")) for name in ("hf", "unsloth"))
     assert len(theirs) == len(ours) == 20
@@ -58,10 +61,10 @@ def test_unsloth_when_on_a_gpu_then_trains_as_hf_does_and_says_what_ran(pair: tu
     assert float(((theirs - ours).abs() / ours).max()) <= STEP_BAND
     stamp = json.loads((tmp_path / "unsloth/backend.json").read_text())
     assert (stamp["backend"], stamp["dtype"], stamp["attn_impl"]) == ("unsloth", "bf16", "sdpa")
-    assert stamp["quantization"] == ("nf4" if case == "qlora" else "none")
+    assert stamp["quantization"] == case.quantization
     assert stamp["kernels"][0].startswith("attention: sdpa (")
-    assert ("DoRA: Unsloth's LoRA kernels off" in stamp["kernels"]) is (case == "dora")
-    assert any(kernel.startswith("Unsloth's LoRA kernels: QKV 4 of 4") for kernel in stamp["kernels"]) is (case != "dora")
+    assert ("DoRA: Unsloth's LoRA kernels off" in stamp["kernels"]) is (case.method == "dora")
+    assert any(kernel.startswith("Unsloth's LoRA kernels: QKV 4 of 4") for kernel in stamp["kernels"]) is (case.method != "dora")
     assert "GPU memory: " in printed
     summary = json.loads((tmp_path / "unsloth/run.json").read_text())["summary"]
     assert 0 < summary["gpu_memory"]["reserved_before_gib"] <= summary["gpu_memory"]["peak_reserved_gib"]
@@ -70,8 +73,8 @@ def test_unsloth_when_on_a_gpu_then_trains_as_hf_does_and_says_what_ran(pair: tu
     assert not (tmp_path / "unsloth_compiled_cache").exists()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_unsloth_when_resumed_then_goes_on_as_the_whole_run_did(finetune: Finetune, tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_unsloth_when_resumed_then_goes_on_as_the_whole_run_did(finetune: Finetune, tmp_path: Path, case: Cell) -> None:
     assert finetune(*flags(case, "unsloth", "whole"), timeout_s=600).returncode == 0
     done = finetune(*flags(case, "unsloth", "again"), "--resume_from_checkpoint=whole/checkpoint-10", timeout_s=600)
     assert done.returncode == 0, done.stderr
@@ -79,15 +82,19 @@ def test_unsloth_when_resumed_then_goes_on_as_the_whole_run_did(finetune: Finetu
     assert again == pytest.approx(whole, rel=0.02)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_unsloth_when_saved_then_plain_peft_gives_the_same_loss(finetune: Finetune, tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_unsloth_when_saved_then_plain_peft_gives_the_same_loss(finetune: Finetune, tmp_path: Path, case: Cell) -> None:
     """Within 5 %: plain PEFT computes in fp32, over fp32 or, for qlora, NF4 weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     done = finetune(*flags(case, "unsloth", "run"), timeout_s=600)
     assert done.returncode == 0, done.stderr
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True) if case == "qlora" else None
+    four = (
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        if case.quantization == "nf4"
+        else None
+    )
     base = AutoModelForCausalLM.from_pretrained(SMALL_MODEL, dtype=torch.float32, quantization_config=four, device_map={"": 0})
     loaded = PeftModel.from_pretrained(base, tmp_path / "run").eval()
     ids = torch.arange(20, 148, device="cuda")[None]
@@ -105,7 +112,7 @@ def test_unsloth_when_forced_to_fail_then_falls_back_with_the_reason(finetune: F
     early = stubs.unsloth(tmp_path / "early", "raise ImportError('xformers: no operator found for memory_efficient_attention_backward')")
     late = stubs.unsloth(tmp_path / "late", stubs.LATE_REFUSAL)
     for name, env, says in (("one", early, "memory_efficient_attention_backward"), ("two", late, "llama is not yet implemented")):
-        done = finetune(*flags("dora", "unsloth", name), env=env, timeout_s=600)
+        done = finetune(*flags(Cell("dora", "none", "unsloth", False, False), "unsloth", name), env=env, timeout_s=600)
         assert done.returncode == 0, done.stderr
         assert "Falling back to transformers backend" in done.stdout
         stamp = json.loads((tmp_path / name / "backend.json").read_text())

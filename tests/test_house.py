@@ -16,6 +16,7 @@ LEVELS = {
         "surefoot.flag_values",
         "surefoot.compat",
         "surefoot.run_file",
+        "surefoot.json_file",
         "surefoot.schema",
         "surefoot.stages",
         "surefoot.machine",

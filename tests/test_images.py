@@ -7,16 +7,20 @@ import os
 import re
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from surefoot.doctor import pinned
 from surefoot.doctor.stack import Library, Stack
 from surefoot.errors import BackendError, UsageError
 from surefoot.stages import STAGES
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TRAIN_ROWS
+from tests.runs import logs, quick, words
 
 LOCKS = [*sorted((ROOT / "docker").glob("*.lock"))]
 DOCKERFILES = [ROOT / f"docker/stage{number}.Dockerfile" for number in STAGES]
@@ -60,6 +64,18 @@ def test_lock_when_compared_with_the_tested_set_then_has_its_training_packages(n
         assert f"\n{name}=={tested[name]} \\\n" in lock(number)
 
 
+@pytest.mark.parametrize("number", STAGES)
+def test_lock_when_compared_with_setup_cfg_then_has_what_it_asks_for(number: int) -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    texts = (setup["options"]["install_requires"], extras["gpu"], extras["unsloth"])
+    asked = [Requirement(line) for line in "\n".join(texts).split("\n") if line]
+    held = dict(re.findall(r"^(\S+?)==(\S+) ", lock(number), re.MULTILINE))
+    assert len(asked) >= 20
+    assert [str(one) for one in asked if one.name not in held or held[one.name] not in one.specifier] == []
+
+
 @pytest.mark.parametrize("file", LOCKS, ids=lambda file: file.name)
 def test_lock_when_read_then_every_package_has_its_hashes(file: Path) -> None:
     requirements = re.split(r"\n(?=[A-Za-z])", file.read_text().partition("docker/lock.sh\n")[2])
@@ -73,6 +89,25 @@ def test_locks_when_made_again_then_are_the_same(tmp_path: Path) -> None:
     subprocess.run([ROOT / "docker/lock.sh", tmp_path], env=environment, check=True)
     assert len(LOCKS) == 5
     assert [file.name for file in LOCKS if (tmp_path / file.name).read_text() != file.read_text()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STAGES)
+def test_lock_when_installed_then_loads_its_own_stack_and_trains(number: int, tmp_path: Path) -> None:
+    locked = ROOT / f"docker/stage{number}.lock"
+    flags = words(quick(data_path=TRAIN_ROWS, output_dir=tmp_path / "run", stage=number, eval_strategy="no", save_strategy="no"))
+    with TemporaryDirectory() as folder:  # 6 GB
+        python, environment = f"{folder}/bin/python", {"UV_CACHE_DIR": f"{folder}/cache", **os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(
+            [TOOLS / "uv", "venv", "--quiet", "--python", sys.executable, "--allow-existing", folder], env=environment, check=True
+        )
+        sync = [TOOLS / "uv", "pip", "sync", "--quiet", "--python", python, "--require-hashes", locked]
+        subprocess.run(sync, env=environment, check=True)
+        loaded = subprocess.run([python, "-m", "surefoot.doctor.pinned", locked], env=environment, capture_output=True, text=True)
+        assert loaded.stdout.startswith(f"stack as pinned: torch {WANTED[number]['torch']}, CUDA {WANTED[number]['CUDA']}."), loaded.stderr
+        done = subprocess.run([python, ROOT / "finetune.py", *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(logs(tmp_path / "run", "loss")) == 6
 
 
 @pytest.mark.parametrize("number", STAGES)
@@ -102,12 +137,13 @@ def test_lint_when_a_dockerfile_is_bad_then_sees_it(tmp_path: Path) -> None:
 
 
 def scripts() -> list[Path]:
-    return [*ROOT.glob("docker/*.sh"), *ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", *ROOT.glob("tests/*.sh")]
+    folders = ("docker", "examples", "launch", "scripts", "tests", "workflows")
+    return [*(file for folder in folders for file in ROOT.glob(f"{folder}/*.sh")), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
 
 
 def test_scripts_when_linted_then_are_clean_and_formatted() -> None:
-    assert len(scripts()) >= 10
-    subprocess.run([TOOLS / "shellcheck", *scripts(), ROOT / "examples/commonsense.sh"], check=True)
+    assert len(scripts()) >= 20
+    subprocess.run([TOOLS / "shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *scripts()], check=True)
     subprocess.run([TOOLS / "shfmt", "--indent", "2", "--case-indent", "--diff", *scripts()], check=True)
 
 

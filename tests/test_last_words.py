@@ -57,6 +57,25 @@ def test_error_when_processes_read_other_rows_then_both_end_and_one_says_so(rows
     assert re.findall(r"exitcode +: (-?\d+)", done.stderr) == ["5", "5"]
 
 
+OTHER_PEFT = """
+import importlib.metadata, os
+version = importlib.metadata.version
+if os.environ.get("RANK") == "1":
+    importlib.metadata.version = lambda name: "0.0.1" if name == "peft" else version(name)
+"""
+
+
+@pytest.mark.slow
+def test_error_when_a_process_has_other_versions_then_both_end_and_one_says_so(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(OTHER_PEFT)
+    launch = [sys.executable, "-m", "surefoot.launcher", "--config_file", ROOT / "profiles/cpu_2proc.yaml", "--main_process_port", 0]
+    flags = words(quick(data_path=rows, output_dir=tmp_path / "run"))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([*map(str, launch), str(ROOT / "finetune.py"), *flags], capture_output=True, text=True, timeout=200, env=env)
+    assert done.returncode == 5, done.stderr[-3000:]
+    assert len(re.findall(r"do not train the same: peft [\d.]+ and 0\.0\.1\. Give all machines", done.stderr)) == 1
+
+
 def test_error_when_the_port_is_taken_then_names_it_and_the_way_out(finetune: Callable[..., Any], rows: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -74,6 +93,20 @@ def test_error_when_the_port_is_taken_then_names_it_and_the_way_out(finetune: Ca
     assert done.returncode == 5, done.stderr
     assert f"process 0 of 2 cannot meet the others at 127.0.0.1:{port}" in done.stderr
     assert "--main_process_port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_launcher_when_the_port_of_several_machines_is_taken_then_says_so_and_exits_5() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ["--config_file", ROOT / "profiles/cpu_2proc.yaml", "--num_machines", 2, "--machine_rank", 0, "--num_processes", 4]
+        words += ["--main_process_ip", "127.0.0.1", "--main_process_port", port, ROOT / "finetune.py"]
+        command = [sys.executable, "-m", "surefoot.launcher", *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5, done.stderr
+    assert f"surefoot.launcher: --main_process_port: Tried to launch distributed communication on port `{port}`" in done.stderr
     assert "Traceback" not in done.stderr
 
 

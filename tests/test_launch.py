@@ -17,6 +17,7 @@ from surefoot.launch.check import check, launched
 from tests import launching
 from tests.conftest import ROOT, SMALL_MODEL, TRAIN_ROWS
 
+FLAGS_ON_A_VOLUME = ("--base_model", "org/model", "--data_path", "rows.jsonl", "--output_dir", "/runs/out")
 FLAGS_OF_A_RUN = ("--base_model", str(SMALL_MODEL), "--data_path", str(TRAIN_ROWS), "--output_dir", "out")
 
 
@@ -38,10 +39,20 @@ def launch(*words: object, cwd: Path, path: str = os.environ["PATH"], **variable
         (["k8s", "--image", "i", "--kind", "pod", "--", "--base_model", "m"], "--kind=pod is none of job, jobset, trainjob"),
         (["k8s", "--image", "i", "--name", "My_Run", "--", "--base_model", "m"], "--name='My_Run' must be"),
         (["k8s", "--", "--base_model", "m"], "--image is missing: k8s pulls it from a registry"),
+        (["sky", "--image", "i", "--", "--base_model", "m"], "--bucket is missing: its name is taken for the whole world"),
+        (["slurm", "--container", "pyxis", "--", "--base_model", "m"], "--container needs --image under slurm"),
+        (["slurm", "--image", "i", "--", "--base_model", "m"], "--image needs --container under slurm"),
+        (["slurm", "--profile", "cpu", "--gpus", "2", "--", "--base_model", "m"], "--profile=cpu starts one process, not 1 x 2"),
         (["local", "--nodes", "0", "--", "--base_model", "m"], "--nodes=0 must be a whole number from 1 on"),
         (["local", "--gpus", "--", "--base_model", "m"], "--gpus needs a value"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--lora_rr", "4"], "--lora_rr is not a flag. Did you mean --lora_r?"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--overwrite"], "--overwrite under slurm would remove the run's own checkpoints"),
+        (["slurm", "--", *FLAGS_OF_A_RUN, "--grace_s", "9"], "--grace_s after -- is not what slurm would keep to"),
+        (["docker", "--", *FLAGS_OF_A_RUN], f"--data_path={TRAIN_ROWS} is not in the container, which has this folder, CACHE and MOUNTS"),
+        (["k8s", "--image", "i", "--", *FLAGS_ON_A_VOLUME, "--output_dir", "/tmp/out"], "--output_dir=/tmp/out is not below /runs"),
+        (["k8s", "--image", "i", "--", "--config", str(ROOT / "configs/run_bnb.yaml")], "run_bnb.yaml is a file of this machine"),
+        (["docker", "--", "--config", str(ROOT / "configs/run_bnb.yaml")], f"Set MOUNTS={ROOT}/configs"),
+        (["sky", "--image", "i", "--bucket", "b", "--", *FLAGS_ON_A_VOLUME, "--data_path", "../d.json"], "--data_path=../d.json is not below /runs"),
         (["slurm", "--nodes", "3", "--", *FLAGS_OF_A_RUN, "--batch_size", "128"], "--batch_size=128 cannot be split"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--data_path", "none.jsonl"], "none.jsonl does not exist"),
     ],
@@ -73,7 +84,7 @@ def test_profile_when_asked_for_then_its_engine_is_planned(profile: str) -> None
 def test_answer_when_nothing_is_submitted_then_takes_a_second_at_most(tmp_path: Path) -> None:
     def seconds() -> float:
         start = time.perf_counter()
-        assert launch("k8s", "--image", "i", "--nodes", 2, "--gpus", 8, "--", *FLAGS_OF_A_RUN, cwd=tmp_path).returncode == 0
+        assert launch("k8s", "--image", "i", "--nodes", 2, "--gpus", 8, "--", *FLAGS_ON_A_VOLUME, cwd=tmp_path).returncode == 0
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(3)) <= 1
@@ -81,8 +92,9 @@ def test_answer_when_nothing_is_submitted_then_takes_a_second_at_most(tmp_path: 
 
 @pytest.mark.parametrize(("world", "client"), [("slurm", "sbatch"), ("k8s", "kubectl"), ("sky", "sky"), ("docker", "docker")])
 def test_submit_when_there_is_no_client_then_says_so(world: str, client: str, tmp_path: Path) -> None:
-    image = ["--image", "i"] if world in ("k8s", "sky") else []
-    done = launch(world, *image, "--submit", "--", *FLAGS_OF_A_RUN, cwd=tmp_path, path=str(tmp_path))
+    options = {"k8s": ["--image", "i"], "sky": ["--image", "i", "--bucket", "b"]}.get(world, [])
+    flags = FLAGS_ON_A_VOLUME if options else FLAGS_OF_A_RUN
+    done = launch(world, *options, "--submit", "--", *flags, cwd=tmp_path, path=str(tmp_path), MOUNTS=str(ROOT))
     assert done.returncode == 2
     assert f"--submit needs {client}, which is not installed here. Nothing was submitted" in done.stderr
 
@@ -164,9 +176,10 @@ def test_recipe_when_launch_is_set_then_goes_through_the_launcher(tmp_path: Path
 def test_every_recipe_when_launched_in_any_world_then_is_accepted(tmp_path: Path) -> None:
     recipes = [file for file in sorted((ROOT / "examples").glob("*.sh")) if file.name != "commonsense.sh"]
     assert len(recipes) >= 4
-    for recipe, world in zip(recipes, ("local", "docker", "slurm", "sky --image i"), strict=False):
-        changes = {"LAUNCH": world, "PYTHON": sys.executable, "DATA_PATH": str(TRAIN_ROWS)}
-        command = ["sh", str(recipe), "8", "16", str(tmp_path / "out"), "0"]
+    for recipe, world in zip(recipes, ("local", "docker", "slurm", "sky --image i --bucket b"), strict=False):
+        data, out = ("rows.json", "out") if world.startswith("sky") else (str(TRAIN_ROWS), str(tmp_path / "out"))
+        changes = {"LAUNCH": world, "PYTHON": sys.executable, "DATA_PATH": data, "MOUNTS": str(ROOT)}
+        command = ["sh", str(recipe), "8", "16", out, "0"]
         done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **changes}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "lora_alpha" in done.stdout

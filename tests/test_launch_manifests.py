@@ -21,7 +21,7 @@ from tests import fake_kube_api
 from tests.conftest import ROOT
 
 KUBERNETES = "1.32"
-ASK = settled(Ask(world="k8s", nodes=2, gpus=8, flags=("--base_model", "m")))
+ASK = settled(Ask(world="k8s", image="i", bucket="b", nodes=2, gpus=8, flags=("--base_model", "m")))
 
 
 def schema(name: str) -> Any:

@@ -42,7 +42,7 @@ def test_golden_files_when_listed_then_are_all_kinds() -> None:
 
 def test_lines_when_rendered_then_are_the_golden_ones() -> None:
     pairs = LINES.read_text().strip().split("\n\n")
-    assert len(pairs) == 4
+    assert len(pairs) == 5
     for pair in pairs:
         asked, line = pair.split("\n")
         assert launch.shown(launch.completed(parse(words_of(asked)))).strip().replace(str(ROOT), "CHECKOUT") == line
@@ -76,7 +76,7 @@ def args_of(document: object) -> list[list[str]]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sky_task_when_its_script_runs_then_hands_over_every_word(seed: int, tmp_path: Path) -> None:
-    wanted = ask("sky", seed)
+    wanted = ask("sky", seed, image="i", bucket="b")
     task = yaml.safe_load(launch.document(wanted))
     script = (
         task["run"]

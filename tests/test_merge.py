@@ -16,8 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune import train
+from surefoot import inference, row_sets
+from tests.called import call
 from tests.conftest import ROOT, SMALL_MODEL
 from tests.export_runs import METHODS, distance, logits, merge, reference, saved, trained, untrained_adapter
+from tests.runs import quick
 
 __all__ = ["trained"]
 Trained = Callable[[str], Path]
@@ -69,6 +73,28 @@ def test_adapters_of_other_programs_when_merged_then_equal_peft(tmp_path: Path, 
     assert any("no backend.json" in line for line in said)
 
 
+@pytest.mark.parametrize("is_file", [False, True], ids=["style", "jinja"])
+def test_merged_model_when_asked_then_gets_the_prompt_that_training_gave(rows: Path, tmp_path: Path, is_file: bool) -> None:
+    jinja = tmp_path / "own.jinja"
+    jinja.write_text("Q: {{ instruction }}\nA: ")
+    flags = quick(prompt_style=jinja if is_file else "alpaca_indented", max_steps=10, learning_rate=2e-2, eval_strategy="no")
+    run = train(**flags | {"data_path": rows, "output_dir": tmp_path / "run"})
+    jinja.unlink()  # the run and its export hold what they need
+    assert call("merge.py", f"--adapter={run}", "--dtype=fp32", "--parity=False", "--out=merged", cwd=tmp_path).returncode == 0
+    shutil.move(tmp_path / "merged", tmp_path / "elsewhere")
+    question = json.loads(rows.read_text().splitlines()[0])["instruction"]
+    asked = [call("infer.py", f"--lora_weights={of}", f"--prompt={question}", cwd=tmp_path) for of in (run, tmp_path / "elsewhere")]
+    assert [done.returncode for done in asked] == [0, 0], asked[0].stderr + asked[1].stderr
+    assert asked[0].stdout == asked[1].stdout
+    trained, merged = (inference.open_model(inference.find(None, str(of))) for of in (run, tmp_path / "elsewhere"))
+    example = row_sets.of_file(rows)[0]
+    (ids,) = merged.prompt_ids([example], 8)
+    assert [ids] == trained.prompt_ids([example], 8)
+    assert merged.decode(ids).startswith(f"Q: {question}" if is_file else "Below is an instruction")
+    assert merged.source.identity()["run"]["adapter"]["method"] == "dora"
+    assert row_sets.held_out(merged.source) == row_sets.held_out(trained.source)
+
+
 def test_shards_when_many_then_hold_the_same_tensors_as_one(trained: Trained, tmp_path: Path) -> None:
     merge(trained("dora"), tmp_path / "one", "bf16")
     merge(trained("dora"), tmp_path / "many", "bf16", shard_bytes=1 << 20)
@@ -102,6 +128,8 @@ def test_everything_beside_the_weights_when_merged_then_is_carried_over(trained:
     merge(run, tmp_path / "out", "fp16")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (run / name).read_bytes()
+    modes = {file.stat().st_mode for folder in (run, tmp_path / "out") for file in folder.iterdir() if file.is_file()}
+    assert len(modes) == 1  # whoever may read the config may read the weights
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert generation["eos_token_id"] == 4081
     assert {tensor.dtype for tensor in saved(tmp_path / "out").values()} == {torch.float16}
@@ -109,7 +137,7 @@ def test_everything_beside_the_weights_when_merged_then_is_carried_over(trained:
     meta = json.loads((tmp_path / "out/surefoot_meta.json").read_text())
     assert meta["adapter"]["method"] == "DoRA"
     assert meta["base"]["merged_onto"] == "none"
-    assert meta["run"]["data_fingerprint"] == json.loads((run / "run.json").read_text())["data"]["fingerprint"]
+    assert meta["run"]["data"]["fingerprint"] == json.loads((run / "run.json").read_text())["data"]["fingerprint"]
     assert meta["parity"].startswith("not checked")
 
 

@@ -1,4 +1,4 @@
-"""Packed rows: what lies together, the tensors of a packed row, and a model that gives what it gives for the rows apart."""
+"""A model over packed rows: it gives what it gives for the rows apart."""
 
 from __future__ import annotations
 
@@ -11,162 +11,18 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from surefoot import adapters
 from surefoot.attention import packed as packed_attention
-from surefoot.backends import hf
-from surefoot.config import Config
-from surefoot.data import packing
-from surefoot.data.masking import Encoded
-from surefoot.data.packing import PackedCollator, PackedRows, Recipe, best_fit
-from surefoot.data.rows import Collator, Places, Rows, flat
+from surefoot.data.rows import Collator
 from surefoot.errors import BackendError
-from surefoot.plan import make_plan
 from surefoot.training import bad_steps, leak
 from surefoot.training.guard import MicroBatch, random_state
-from tests.conftest import SMALL_MODEL, inputs, machine
-
-PAD = 3
-
-
-def commonsense_lengths(rows: int) -> np.ndarray:
-    """Tokens of rows like the commonsense file's: 137 in the mean, 256 at most."""
-    lengths = np.random.default_rng(0).lognormal(np.log(136), 0.33, rows * 2).round().astype(np.int64)
-    return lengths[(lengths >= 24) & (lengths <= 256)][:rows]
-
-
-def rows_of(*lengths: int) -> Rows:
-    draw = np.random.default_rng(1)
-    encoded = [Encoded(draw.integers(10, 400, size=n).astype(np.int32), np.arange(n) >= n // 3, 0) for n in lengths]
-    count = len(lengths)
-    return flat(encoded, Places(("rows.jsonl",), np.zeros(count, dtype=np.int32), np.arange(1, count + 1, dtype=np.int32)))
-
-
-def collated(rows: Rows, together: list[list[int]], slots: int) -> tuple[PackedRows, PackedCollator]:
-    packed = PackedRows(rows, [np.array(indices) for indices in together], slots)
-    collator = PackedCollator(separate=Collator(pad_token_id=PAD), slots=slots, longest=packed.longest, segments=packed.segments)
-    return packed, collator
-
-
-@pytest.mark.parametrize(("slots", "least"), [(1024, 0.97), (2048, 0.985), (8192, 0.99)])
-def test_packed_rows_when_rows_are_short_then_are_filled_and_hold_each_row_once(slots: int, least: float) -> None:
-    lengths = commonsense_lengths(20_000)
-    packed = best_fit(lengths, slots, seed=42)
-    assert abs(lengths.mean() - 137) < 3
-    assert lengths.sum() / (len(packed) * slots) >= least
-    assert max(lengths[rows].sum() for rows in packed) <= slots
-    assert np.array_equal(np.sort(np.concatenate(packed)), np.arange(len(lengths)))
-
-
-def test_packed_rows_when_made_again_then_are_the_same_and_another_seed_makes_others() -> None:
-    lengths = commonsense_lengths(2_000)
-    first, again, other = (PackedRows(rows_of(*lengths), best_fit(lengths, 1024, seed), 1024).digest() for seed in (42, 42, 43))
-    assert first == again
-    assert first != other
-
-
-@pytest.mark.parametrize("processes", [1, 2, 7])
-def test_packed_rows_when_processes_share_them_then_are_equally_many_for_each(processes: int) -> None:
-    lengths = commonsense_lengths(500)
-    packed = best_fit(lengths, 1024, 42, processes)
-    assert len(packed) % processes == 0
-    assert np.array_equal(np.sort(np.concatenate(packed)), np.arange(500))
-    assert len(best_fit(np.full(3, 500), 512, 42, processes)) == 3  # a row each: there is nothing to split
-
-
-@pytest.mark.parametrize(
-    ("mean", "longest", "batch_size", "processes", "budget", "pack_len", "made"),
-    [
-        (137, 256, 128, 1, 1024, None, Recipe(1024, 17)),
-        (137, 256, 128, 1, 32768, None, Recipe(17920, 1)),
-        (137, 256, 128, 1, 1024, 8192, Recipe(8192, 2)),
-        (137, 256, 128, 4, 1024, None, Recipe(896, 5)),
-        (137, 256, 2, 1, 1024, None, Recipe(320, 1)),
-        (137, 250, 1, 1, 250, None, Recipe(256, 1)),
-        (137, 256, 16, 1, 256, None, Recipe(256, 9)),
-        (137, 256, 8, 8, 1024, 2048, Recipe(2048, 1)),
-    ],
-)
-def test_recipe_when_chosen_then_a_step_holds_about_batch_size_rows_within_the_budget(
-    mean: int, longest: int, batch_size: int, processes: int, budget: int, pack_len: int | None, made: Recipe
-) -> None:
-    lengths = np.array([mean] * 998 + [longest, 2 * mean - longest])
-    assert packing.recipe(lengths, batch_size, processes, budget, pack_len) == made
-
-
-def test_packed_row_when_collated_then_is_its_rows_end_to_end_with_restarting_positions() -> None:
-    rows = rows_of(5, 9, 1, 7)
-    packed, collator = collated(rows, [[3, 0], [1, 2]], slots=32)
-    batch = collator([packed[0]])
-    ids = np.concatenate([rows[3]["input_ids"], rows[0]["input_ids"], np.full(20, PAD)])
-    assert batch["input_ids"].tolist() == [ids.tolist()]
-    labels = np.concatenate([rows[3]["labels"], rows[0]["labels"], np.full(20, -100)])
-    labels[[0, 7]] = -100
-    assert batch["labels"].tolist() == [labels.tolist()]
-    assert batch["position_ids"].tolist() == [[*range(7), *range(5), *range(9), *range(9), 0, 1]]
-    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 7, 12, 21, 30, 32]
-    assert (batch["max_length_q"], batch["max_length_k"]) == (9, 9)
-    assert batch["lengths"].tolist() == [7, 5]
-    assert [packed.where(row) for row in batch["rows"].tolist()] == ["rows.jsonl:4", "rows.jsonl:1"]
-    assert "attention_mask" not in batch
-
-
-def test_packed_rows_when_collated_then_all_have_one_shape_and_rows_to_evaluate_keep_theirs() -> None:
-    lengths = commonsense_lengths(60)
-    rows = rows_of(*lengths)
-    packed, collator = collated(rows, [piece.tolist() for piece in best_fit(lengths, 1024, 42)], slots=1024)
-    batches = [collator([packed[index]]) for index in range(len(packed))]
-    shapes = {tuple((name, tuple(value.shape)) for name, value in batch.items() if torch.is_tensor(value))[:5] for batch in batches}
-    assert len(batches) > 5
-    assert len(shapes) == 1
-    assert len({batch["max_length_q"] for batch in batches}) == 1
-    assert all(int(batch["cu_seq_lens_q"].diff().max()) <= batch["max_length_q"] for batch in batches)
-    assert all(int(batch["cu_seq_lens_q"].diff().min()) >= 0 for batch in batches)
-    separate = Collator(pad_token_id=PAD)([rows[0], rows[1]])
-    assert all(torch.equal(value, separate[name]) for name, value in collator([rows[0], rows[1]]).items())
-
-
-def small_model(attention: str = "eager", dtype: Any = torch.float32, method: str = "dora") -> Any:
-    """The shipped model with an adapter on it, ready for gradients that are not zero."""
-    config = Config.parse({"base_model": str(SMALL_MODEL), "adapter_name": method, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0})
-    plan = make_plan(config, machine(), inputs(model_path=str(SMALL_MODEL)))
-    model = adapters.attach(hf.load_model(plan.model, 1, None), plan.adapter, seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    model.get_base_model().set_attn_implementation(attention)
-    return model.to(dtype)
-
-
-def trained_on(model: Any, batches: list[dict[str, Any]], **more: Any) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
-    """The logits [tokens, vocabulary] of the real tokens in the order of rows 0, 1, ..., the loss, the gradients; tokens weigh the same."""
-    model.train()
-    model.zero_grad()
-    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    logits: dict[int, torch.Tensor] = {}
-    loss = 0.0
-    for batch in batches:
-        given = {name: value for name, value in batch.items() if name not in ("lengths", "rows")}
-        out = model(**given, **more, num_items_in_batch=tokens)
-        out.loss.backward()
-        loss += out.loss.item()
-        real = out.logits[0, : int(batch["lengths"].sum())].detach()
-        for row, piece in zip(batch["rows"].tolist(), real.split(batch["lengths"].tolist()), strict=True):
-            logits[row] = piece
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return torch.cat([logits[row] for row in sorted(logits)]), loss, gradients
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
+from tests.packed import LENGTHS, PAD, collated, distance, rows_of, small_model, trained_on
 
 
 def worst(one: tuple[Any, ...], other: tuple[Any, ...]) -> float:
     """The largest relative distance of logits, loss and every gradient."""
     gradients = [distance(one[2][name], other[2][name]) for name in other[2]]
     return max(distance(one[0], other[0]), abs(one[1] - other[1]) / other[1], *gradients)
-
-
-LENGTHS = (37, 5, 24, 1, 30, 12, 2)
 
 
 def batches_of(slots: int = 64) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

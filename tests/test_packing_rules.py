@@ -116,7 +116,7 @@ def data_of(lengths: list[int]) -> Data:
     count = len(lengths)
     rows = flat(encoded, Places(("rows.jsonl",), np.zeros(count, dtype=np.int32), np.arange(count, dtype=np.int32)))
     report = DataReport(
-        rows_read=count, train_rows=count, eval_rows=0, split="none", formats={"text": count}, styles={}, dropped={}, truncated=0,
+        rows_read=count, train_rows=count, eval_rows=0, split="none", formats={"text": count}, styles={}, system="", dropped={}, truncated=0,
         cut_turns=0, unused_columns={}, tokens=sum(lengths), trained_tokens=sum(lengths), mean_length=float(np.mean(lengths)),
         p95_length=max(lengths), max_length=max(lengths), advice="", files=(), fingerprint="f" * 64, reasons={"shared": 0}, verdict="passed",
     )  # fmt: skip

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from surefoot.errors import NumericsError, UsageError
 from surefoot.export import judge, parity, prompts, source, story
 from surefoot.export.judge import Subject
-from surefoot.export.parity import BANDS, Difference
-from tests.conftest import SMALL_MODEL
+from surefoot.export.parity import BANDS, Band, Difference
+from tests.conftest import ROOT, SMALL_MODEL
 from tests.export_runs import job, trained
 
 __all__ = ["trained"]
@@ -48,6 +48,14 @@ def test_verdict_when_only_rounded_then_holds_with_room(trained: Trained, tmp_pa
     assert found["greedy_equal"] >= 28
 
 
+def test_bands_when_read_then_are_those_that_were_measured() -> None:
+    record = json.loads((ROOT / "benchmarks/results/export_bands_cpu.json").read_text())
+    measured = {form: Band(one["band"]["relative_max"], one["band"]["kl_mean"]) for form, one in record["bands"].items()}
+    assert measured == BANDS
+    caught = [told.split(" of ") for told in record["wrong_merges_outside"].values()]
+    assert all(one == every for one, every in caught)
+
+
 def test_verdict_when_a_qdora_adapter_is_merged_onto_the_wrong_base_then_does_not_hold(trained: Trained, tmp_path: Path) -> None:
     found = source.read(str(trained("qdora")), onto="16bit")
     story.merge_adapter(found, job(tmp_path / "out", "bf16"), lambda _: None)
@@ -65,7 +73,7 @@ def test_merge_when_its_result_is_wrong_then_is_put_aside_with_exit_code_4(
     judged = judge.of_adapter
 
     def on_a_bad_disk(found: source.Source, subject: Subject, prompt_file: str = "") -> judge.Verdict:
-        spoil(subject.folder, "o_proj", 1.3)
+        spoil(subject.folder, "o_proj", 3.0)
         return judged(found, subject, prompt_file)
 
     monkeypatch.setattr(judge, "of_adapter", on_a_bad_disk)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from surefoot import checkpoint
+from surefoot import checkpoint, signals
 from tests.conftest import ROOT
 from tests.runs import quick, words
 
@@ -126,6 +126,22 @@ def test_two_processes_when_their_launcher_gets_a_signal_then_all_save_the_same_
     assert {path.name for path in saved.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert (record["status"], f"after step {saved.name[11:]} of 500" in record["reason"]) == ("preempted", True)
+
+
+@pytest.mark.slow
+def test_two_processes_when_accelerates_own_launcher_hides_their_75_then_rank_0_says_so(rows: Path, tmp_path: Path) -> None:
+    flags = quick(data_path=rows, output_dir=tmp_path / "run", max_steps=500, eval_strategy="no", save_step=500)
+    command = launch("accelerate.commands.launch", flags=flags)
+    env = {name: value for name, value in os.environ.items() if name != signals.STOP_FILE}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    until(lambda: metrics.exists() and bool(metrics.read_text()), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("`python -m surefoot.launcher` in place of `accelerate launch`") == 1, errors[-3000:]
+    assert errors.count("The same command with --resume goes on") == 1
+    assert len(checkpoint.newest_whole(tmp_path / "run").checkpoints) == 1
 
 
 def test_disk_when_full_in_the_middle_of_a_save_then_exits_5_with_one_line_and_no_checkpoint_is_half(rows: Path, tmp_path: Path) -> None:

@@ -137,12 +137,12 @@ def test_worst_rows_when_asked_for_then_are_those_of_the_audit_and_the_gate_stil
     ("words", "code", "says"),
     [
         (
-            ["--rows=0", "--html=rows.jsonl"],
+            ["--rows=0", "--worst=maybe"],
             2,
-            "  - --rows=0 must be a whole number of at least 1\n  - --html=rows.jsonl must end in .html",
+            "  - --rows=0 is too small: the least is 1\n  - --worst=maybe must be True or False",
         ),
         (["--html", "no/where.html"], 2, "--html=no/where.html cannot be written: no is no folder"),
-        (["--worst=maybe"], 2, "--worst=maybe must be given bare, or True or False"),
+        (["--html=rows.jsonl"], 2, "--html=rows.jsonl must end in .html"),
         (["--row=3"], 2, "--row is not a flag"),
         (["--data_path=none.jsonl"], 2, "--data_path=none.jsonl does not exist"),
         (["--data_path", str(TRAIN_ROWS), "--prompt_style=none"], 2, "--prompt_style=none is neither auto"),

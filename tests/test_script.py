@@ -74,3 +74,11 @@ def test_work_when_it_takes_long_then_lines_say_how_much_is_done(
     monkeypatch.setattr(script, "PATIENCE_S", -1.0)
     assert list(script.told("abc", 3, "merged", "tensor")) == ["a", "b", "c"]
     assert capsys.readouterr().err.splitlines() == [f"merged: {done} of 3 tensors" for done in (1, 2, 3)]
+
+
+def test_words_when_another_programs_flags_stand_among_them_then_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    words = ["--base_model", "x", "--out=y", "--targets", "a", "b", "--folders", "c", "d"]
+    monkeypatch.setattr(sys, "argv", ["some.py", *words])
+    assert script.main(Folders, "usage", lambda flags, rest: given.extend((flags, rest)) or 4, passes_on=True) == 4
+    assert given == [Folders(folders=("c", "d"), out="y"), ["--base_model", "x", "--targets", "a", "b"]]

@@ -147,6 +147,9 @@ def test_compile_when_switched_on_then_trains_to_the_same_losses(place: Path) ->
         assert done.returncode == 0, done.stderr
         logs = [json.loads(line) for line in (place / flag / "metrics.jsonl").read_text().splitlines()]
         losses.append([log["loss"] for log in logs if "loss" in log])
+        compiled = json.loads((place / flag / "run.json").read_text())["summary"]["compile"]
+        assert (compiled is not None) is (flag == "True")
+        assert compiled is None or f"torch.compile: {compiled['seconds']:.1f} s for {compiled['graphs']} graphs" in done.stdout
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 

@@ -65,7 +65,6 @@ def test_job_when_preempted_then_is_requeued_and_ends_as_if_left_alone(slurm: Cl
     slurm("scancel", "--batch", "--signal=USR1", job)
     real.wait_for(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job), "the job is requeued")
     assert 3 <= real.steps_done(preempted) < real.STEPS
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
     slurm.finish(job, tmp_path)
     real.assert_same_run(preempted, left_alone)
     assert not list(tmp_path.glob(".surefoot-stop-*"))
@@ -76,6 +75,31 @@ def test_words_when_given_to_sbatch_then_reach_the_program_unchanged(slurm: Clus
     program = launching.recorder(tmp_path, "python")
     slurm.finish(slurm.submit(tmp_path, ROOT / "launch/slurm.sbatch", *words, PYTHON=str(program), PROFILE="single", GPUS="1"), tmp_path)
     assert launching.recorded(tmp_path, "python")[1:] == words
+
+
+def test_launch_when_submitted_to_slurm_then_the_program_has_the_cores_asked_for(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\nenv >"$0.env"\n')
+    (tmp_path / "python").chmod(0o755)
+    words = [
+        "slurm",
+        "--profile",
+        "cpu_2proc",
+        "--gpus",
+        "2",
+        "--cpus",
+        "3",
+        "--memory",
+        "5",
+        "--submit",
+        "--",
+        *real.flags(tmp_path / "out"),
+    ]
+    shown = slurm(sys.executable, "-m", "surefoot.launch", *words, cwd=tmp_path, PYTHONPATH=str(ROOT), PYTHON=f"{tmp_path}/python")
+    job = shown.split()[-1]
+    slurm.finish(job, tmp_path)
+    assert "MinMemoryNode=10G" in slurm("scontrol", "show", "job", job)
+    given = (tmp_path / "python.env").read_text().splitlines()
+    assert {"SLURM_CPUS_ON_NODE=6", "SLURM_CPUS_PER_TASK=6", "PROFILE=cpu_2proc", "NODES=1", "GPUS=2"} <= set(given)
 
 
 def test_gpus_when_not_in_the_cluster_then_nothing_is_submitted(slurm: Cluster, tmp_path: Path) -> None:

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from surefoot import support
 from tests.conftest import ROOT
+from tests.torture.cells import BF16_CELLS, CELLS, ENGINE_CELLS, Cell
+
+RESUMED = "tests/test_torture.py::test_cell_when_killed_at_random_places_then_goes_on_bitwise"
+RESUMED_DDP = "tests/test_torture.py::test_ddp_cell_when_killed_at_random_places_then_goes_on_bitwise"
 
 
 def tortured(*words: str, timeout_s: int) -> str:
@@ -29,7 +34,30 @@ def test_runs_when_killed_at_random_places_then_end_bitwise_as_if_not(tmp_path: 
     assert kills(tortured("--kills=4", "--seed=0", f"--folder={tmp_path}", "--cells", "dora-ddp", timeout_s=200)) >= 4
 
 
+def in_matrix(cell: Cell) -> support.Cell:
+    """The tortured cell's place in the support matrix."""
+    engine, flags = cell.name.partition("-")[2], cell.flags
+    return support.Cell(flags["adapter_name"], "nf4" if "load_4bit" in flags else "none", engine, False, "packing" in flags)
+
+
+def goes_on(cell: support.Cell, folder: Path) -> bool:
+    (name,) = [one.name for one in (*CELLS, *ENGINE_CELLS) if in_matrix(one) == cell]
+    return kills(tortured("--kills=3", "--seed=1", f"--folder={folder}", "--cells", name, timeout_s=500)) >= 3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("--kills=20",), ("--kills=4", "--cells", "dora-single-bf16", "qlora-single-bf16", "lora-ddp-bf16")])
-def test_every_cell_when_killed_at_random_places_then_ends_bitwise_as_if_not(tmp_path: Path, words: tuple[str, ...]) -> None:
-    assert kills(tortured("--seed=1", f"--folder={tmp_path}", *words, timeout_s=900)) >= 4
+@pytest.mark.parametrize("cell", support.cells_of(RESUMED), ids=str)
+def test_cell_when_killed_at_random_places_then_goes_on_bitwise(cell: support.Cell, tmp_path: Path) -> None:
+    assert goes_on(cell, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", support.cells_of(RESUMED_DDP), ids=str)
+def test_ddp_cell_when_killed_at_random_places_then_goes_on_bitwise(cell: support.Cell, tmp_path: Path) -> None:
+    assert goes_on(cell, tmp_path)
+
+
+@pytest.mark.slow
+def test_bf16_cells_when_killed_at_random_places_then_end_bitwise_as_if_not(tmp_path: Path) -> None:
+    cells = [cell.name for cell in BF16_CELLS]
+    assert kills(tortured("--seed=1", f"--folder={tmp_path}", f"--kills={len(cells)}", "--cells", *cells, timeout_s=1500)) >= len(cells)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import shutil
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, TRAIN_ROWS
 
-SCRIPTS = sorted([*(ROOT / "workflows").glob("*.sh"), *(ROOT / "scripts").glob("*.sh")])
 QUICK = "--max_steps=2 --batch_size=8 --eval_strategy=no --save_strategy=no --val_set_size=0"
 
 
@@ -24,13 +25,6 @@ def batch(content: str, folder: Path, python: Path) -> subprocess.CompletedProce
     return subprocess.run(
         ["bash", str(ROOT / "workflows/batch_process.sh"), str(file)], env=env, capture_output=True, text=True, timeout=300
     )
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_script_when_checked_then_shellcheck_finds_nothing(path: Path) -> None:
-    shellcheck = Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([str(shellcheck), str(path)], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.slow
@@ -95,3 +89,54 @@ def test_quick_start_when_run_for_the_first_time_then_trains_and_answers(tmp_pat
     assert record["plan"]["data"]["data_path"] == [str(tmp_path / f"data/{stage}/train.jsonl")]
     assert (tmp_path / "outputs/quick-start-answers.jsonl").stat().st_size > 0
     assert shutil.which("make")
+
+
+def typed(command: list[str], answers: dict[str, str], env: dict[str, str], timeout_s: float) -> tuple[int, str]:
+    """Runs a command in a terminal and types each answer once its question stands there; the exit code and what the terminal showed."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, close_fds=True)
+    os.close(theirs)
+    shown, left, deadline = "", list(answers.items()), time.monotonic() + timeout_s
+    while True:
+        ready, _, _ = select.select([ours], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"nothing in {timeout_s:.0f} s after {shown[-2000:]}"
+        try:
+            shown += os.read(ours, 65536).decode(errors="replace")
+        except OSError:  # Linux's end of file of a terminal that nobody holds any more
+            break
+        if left and left[0][0] in shown:
+            os.write(ours, f"{left.pop(0)[1]}\n".encode())
+    os.close(ours)
+    assert left == []
+    return process.wait(), shown
+
+
+def test_quick_start_when_answers_are_typed_then_takes_them_and_what_stands_in_brackets(tmp_path: Path, venv: Path) -> None:
+    rows = sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:40]
+    (tmp_path / "data/raw").mkdir(parents=True)
+    (tmp_path / "data/raw/own.jsonl").write_text("\n".join(rows) + "\n")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | {"VENV": str(venv)}
+    questions = {
+        "base model [examples/small_model] ": "",
+        "style of the answers [Answer in one line.] ": "Be brief.",
+        "train on processed, processed_with_style or rendered [processed_with_style] ": "rendered",
+    }
+    code, shown = typed(["bash", str(ROOT / "workflows/quick_start.sh"), f"--folder={tmp_path}"], questions, env, 300)
+    assert code == 0, shown[-3000:]
+    record = json.loads((tmp_path / "outputs/quick-start/run.json").read_text())
+    assert record["status"] == "done"
+    assert record["plan"]["model"]["path"] == "examples/small_model"
+    assert record["plan"]["data"]["data_path"] == [str(tmp_path / "data/rendered/train.jsonl")]
+    assert "Be brief." in (tmp_path / "data/rendered/train.jsonl").read_text()
+    said = (tmp_path / "outputs/quick-start-answers.jsonl").read_text().splitlines()
+    assert len(said) == len((tmp_path / "data/rendered/test.jsonl").read_text().splitlines())
+    assert said[0] in shown
+
+
+def test_quick_start_when_a_typed_answer_is_wrong_then_nothing_is_made(tmp_path: Path, venv: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | {"VENV": str(venv)}
+    questions = {"base model [": "", "style of": "", "rendered [": "raw"}
+    code, shown = typed(["bash", str(ROOT / "workflows/quick_start.sh"), f"--folder={tmp_path}"], questions, env, 60)
+    assert code == 2
+    assert "quick_start.sh: raw is none of processed, processed_with_style, rendered" in shown
+    assert not (tmp_path / "data/processed").exists()

@@ -7,16 +7,16 @@ cd "$(dirname "$0")/.."
 yes='' folder=.
 for word in "$@"; do
   case $word in
-  --yes) yes=1 ;;
-  --folder=*) folder=${word#*=} ;; # where data and outputs go
-  -h | --help)
-    sed -n '2,3s/^# //p' "$0"
-    exit 0
-    ;;
-  *)
-    echo "quick_start.sh: $word is not a flag. There are --yes and --folder=FOLDER" >&2
-    exit 2
-    ;;
+    --yes) yes=1 ;;
+    --folder=*) folder=${word#*=} ;; # where data and outputs go
+    -h | --help)
+      sed -n '2,3s/^# //p' "$0"
+      exit 0
+      ;;
+    *)
+      echo "quick_start.sh: $word is not a flag. There are --yes and --folder=FOLDER" >&2
+      exit 2
+      ;;
   esac
 done
 

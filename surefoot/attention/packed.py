@@ -6,14 +6,19 @@ import inspect
 from typing import Any
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from surefoot.errors import BackendError
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ModuleNotFoundError:  # torch 2.6 and 2.8, of stages 1 and 2
+    varlen_attn = None
+
 NAME = "surefoot_varlen"
-KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12; 2.11 wants as many key as query heads
+# torch 2.12; 2.11 wants as many key as query heads
+KNOWS_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def use_varlen(model: Any) -> None:
@@ -49,10 +54,12 @@ def attention(
         [1, slots, heads, head_dim], and no weights.
 
     Raises:
-        NotImplementedError: attention dropout, which the kernel does not have.
+        NotImplementedError: attention dropout, which the kernel does not have; or torch has no such kernel.
     """
     if named.get("cu_seq_lens_q") is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **named)
+    if varlen_attn is None:
+        raise NotImplementedError(f"torch {torch.__version__} has no varlen attention")
     if dropout:
         raise NotImplementedError(f"varlen attention has no dropout, and the model asks for {dropout}")
     device = query.device.type

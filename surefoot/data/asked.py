@@ -40,7 +40,7 @@ def with_answer(prompts: Prompts, example: Example, answer: str) -> Rendered:
 
 
 def question(row: SourceRow) -> Example:
-    """A row of messages, instruction (with input and system), user (with system) or prompt; an answer in it is not read.
+    """A row of messages, instruction (with input and system), user (with system), prompt or input; an answer in it is not read.
 
     Raises:
         DataError: the row has none of these.
@@ -55,7 +55,7 @@ def question(row: SourceRow) -> Example:
         asked, answered = next(((a, b) for a, b in ASKED if columns.get(a) is not None), ("", ""))
         if not asked:
             names = ", ".join(map(str, columns)) or "(none)"
-            raise DataError(f"{row.where}: no question: the row has columns {names}. Give prompt, instruction, user or messages")
+            raise DataError(f"{row.where}: no question: the row has columns {names}. Give prompt, instruction, user, messages or input")
         columns = {name: value for name, value in columns.items() if name in (asked, "input", "system")} | {answered: PLACE}
     example = normalise(SourceRow(columns, row.where), "text")
     if isinstance(example, Dropped):
@@ -63,7 +63,7 @@ def question(row: SourceRow) -> Example:
     return example
 
 
-ASKED = (("instruction", "output"), ("user", "assistant"), ("prompt", "completion"))
+ASKED = (("instruction", "output"), ("user", "assistant"), ("prompt", "completion"), ("input", "target"))
 
 
 def conversation(said: Sequence[tuple[str, str]], system: str = "") -> Example:

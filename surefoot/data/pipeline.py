@@ -123,6 +123,8 @@ class _Works:
                 self.log.drop(index, text.reason)
                 continue
             self.tally.styles[text.style] += 1
+            if len(self.tally.systems) < 2:
+                self.tally.systems.add(example.system)
             self.log.templates[index] = text.style
             texts[index] = text
         return texts
@@ -190,6 +192,7 @@ def _report(works: _Works, files: tuple[SourceFile, ...], reason: str, train: Ro
         split=reason,
         formats=dict(tally.formats),
         styles=dict(tally.styles),
+        system=tally.system,
         dropped=works.dropped(),
         truncated=sum(fate.endswith(CUT) for fate in works.log.fates),
         cut_turns=tally.cut_turns,

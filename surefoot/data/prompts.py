@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from surefoot.config import PROMPT_STYLES
 from surefoot.data import chat, jinja_file
 from surefoot.data.chat import ChatTemplate
 from surefoot.data.formats import Dropped, Example
@@ -104,8 +105,8 @@ def load(style: str, tokenizer: Any) -> Prompts:
         raise DataError(
             "the tokenizer has no EOS token, so that the model would never learn to stop. Set eos_token in tokenizer_config.json"
         )
-    is_known = style in ("auto", "alpaca", "alpaca_indented", "chat")
-    return Prompts(style=style, eos=tokenizer.eos_token, template=chat.load(tokenizer), file=None if is_known else jinja_file.load(style))
+    file = None if style in PROMPT_STYLES else jinja_file.load(style)
+    return Prompts(style=style, eos=tokenizer.eos_token, template=chat.load(tokenizer), file=file)
 
 
 def prompt_text(example: Example, style: str) -> str:

@@ -41,7 +41,13 @@ class Tally:
     formats: Counter[str] = field(default_factory=Counter)
     layouts: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
     styles: Counter[str] = field(default_factory=Counter)
+    systems: set[str] = field(default_factory=set)  # two at most: whether there is more than one is all that is asked
     cut_turns: int = 0
+
+    @property
+    def system(self) -> str:
+        """The one system turn that all rows have; "" where they have none, or not the same."""
+        return next(iter(self.systems)) if len(self.systems) == 1 else ""
 
     def unused(self, text_field: str) -> dict[str, int]:
         """Columns that no format read, with the rows that have them."""
@@ -75,6 +81,7 @@ class DataReport:
     split: str
     formats: Mapping[str, int]
     styles: Mapping[str, int]
+    system: str
     dropped: Mapping[str, Drop]
     truncated: int
     cut_turns: int

@@ -28,19 +28,20 @@ unsloth_trial.run({"model_type": "llama", "method": "lora", "quantization": "non
 
 
 class Backend(NamedTuple):
-    """A way to run. code must succeed; least_capability None: needs no GPU."""
+    """A way to run. code must succeed; least_capability: of the GPU, where there is one or needs_gpu."""
 
     name: str
     reads: str
     package: str
     code: str
     least_capability: tuple[int, int] | None = None
+    needs_gpu: bool = True
 
 
 BACKENDS = (
     Backend("hf", "every run", "transformers", "import accelerate, peft\nfrom transformers import AutoModelForCausalLM, Trainer"),
     Backend("bnb", "--load_4bit and --load_8bit", "bitsandbytes", QUANTIZE),
-    Backend("unsloth", "--backend unsloth", "unsloth", TRY_UNSLOTH, (7, 0)),
+    Backend("unsloth", "--backend unsloth", "unsloth", TRY_UNSLOTH, (7, 0), needs_gpu=False),
     Backend("deepspeed", "DeepSpeed profiles", "deepspeed", "import deepspeed"),
     Backend("flash_attention_2", "stage 2", "flash-attn", "import torch, flash_attn, flash_attn_2_cuda", (8, 0)),
     Backend("liger", "Liger kernels", "liger-kernel", "import liger_kernel.transformers", (7, 0)),
@@ -69,7 +70,7 @@ def _obstacle(backend: Backend, stack: Stack) -> Check | None:
     if stack.problem:
         return Check(TOPIC, backend.name, "bad" if backend.name == "hf" else "warn", "off: torch cannot be loaded", usable=False)
     best = max((capability for _, capability in stack.gpus), default=None)
-    if backend.least_capability and (best is None or best < backend.least_capability):
+    if backend.least_capability and (backend.needs_gpu if best is None else best < backend.least_capability):
         least = ".".join(map(str, backend.least_capability))
         return Check(TOPIC, backend.name, "ok", f"off: needs a CUDA GPU of compute capability {least} or newer", usable=False)
     return None

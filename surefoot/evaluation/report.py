@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from surefoot.errors import UsageError
+from surefoot.json_file import read_json
 
 SHARES = ("accuracy", "exact_match")
 
@@ -18,14 +18,10 @@ def read(path: str) -> dict[str, Any]:
     Raises:
         UsageError: there is none at `path`.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--compare {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UsageError(f"--compare {path} is not JSON ({error})") from None
-    if not isinstance(content, dict) or "sets" not in content or "label" not in content:
-        raise UsageError(f"--compare {path} is no result of scripts/evaluate.py")
+    content = read_json(Path(path))
+    if "sets" not in content or "label" not in content:
+        why = "is no result of scripts/evaluate.py" if Path(path).is_file() else "is no file"
+        raise UsageError(f"--compare {path} {why}")
     return content
 
 

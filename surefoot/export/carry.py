@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surefoot import checkpoint
+from surefoot.artifacts import PROMPT
 from surefoot.errors import UsageError
-from surefoot.export.source import Source, read_json
+from surefoot.export.source import Source
+from surefoot.json_file import read_json, write_json
 
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
@@ -52,6 +54,7 @@ def files(source: Source, out: Path) -> list[str]:
     """Copies tokenizer and code, and writes generation_config.json; returns lines on what was changed."""
     copied(OF_BASE, source.base, out)
     copied(TOKENIZER, source.tokenizer, out)
+    copied((PROMPT,), checkpoint.home(source.adapter), out)
     generation = read_json(source.base / "generation_config.json")
     if not generation:
         return []
@@ -80,7 +83,3 @@ def config(source: Source, out: Path, *, dtype: torch.dtype, rows: int, is_untie
     if is_untied:
         content["tie_word_embeddings"] = False
     write_json(out / "config.json", content)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

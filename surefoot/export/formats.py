@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from surefoot import runtime
+from surefoot.artifacts import META, PROMPT
 from surefoot.errors import BackendError, UsageError
-from surefoot.export import carry, judge, merge, place, records, serving, shards, source, story
+from surefoot.export import carry, judge, merge, place, records, serving, shards, story
 from surefoot.export.judge import Subject, Verdict
 from surefoot.export.source import Source
+from surefoot.json_file import read_json
 from surefoot.script import told
 
 Say = Callable[[str], object]
@@ -53,7 +55,7 @@ def of_adapter(found: Source, job: Job, say: Say) -> None:
         for note in merge.finish(work, merged).notes:
             say(f"note: {note}")
         say(f"merged {found.method} into {found.base_name}, {story.named(found.onto)}")
-        _export(merged, found, job, say)
+        _export(merged, found, found.record, job, say)
 
 
 def of_model(folder: Path, job: Job, say: Say) -> None:
@@ -68,14 +70,14 @@ def of_model(folder: Path, job: Job, say: Say) -> None:
     place.check(job.out, overwrites=job.overwrites)
     runtime.quiet()
     if job.form in GGUF and not job.converter:
-        _check_gguf(folder, source.read_json(folder / "config.json"))
-    meta = source.read_json(folder / records.META)
+        _check_gguf(folder, read_json(folder / "config.json"))
+    meta = read_json(folder / META)
     try:
         found = story.from_meta(meta) if "adapter" in meta else None
     except UsageError as gone:
         say(f"note: parity is measured against {folder}: {gone}")
         found = None
-    _export(folder, found, job, say)
+    _export(folder, found, meta.get("run") or read_json(folder / "run.json"), job, say)
 
 
 def _check_gguf(folder: Path, config: dict[str, Any]) -> None:
@@ -84,25 +86,23 @@ def _check_gguf(folder: Path, config: dict[str, Any]) -> None:
     gguf_file.check(folder, config)
 
 
-def _export(folder: Path, found: Source | None, job: Job, say: Say) -> None:
-    """Writes `folder`, a model in transformers' form, to job.out."""
+def _export(folder: Path, found: Source | None, record: dict[str, Any], job: Job, say: Say) -> None:
+    """Writes `folder`, a model in transformers' form that the run of `record` made, to job.out."""
     trusts = found.trusts_remote_code if found else False
     with place.staged(job.out) as staged:
         if job.form == "bnb-4bit":
             file = None
             _to_4bit(folder, staged, trusts_remote_code=trusts)
-            carry.copied((*carry.TOKENIZER, *carry.OF_BASE), folder, staged)
+            carry.copied((*carry.TOKENIZER, *carry.OF_BASE, PROMPT), folder, staged)
         else:
             file = f"{job.out.name}.{job.form.removeprefix('gguf-').upper()}.gguf"
             _to_gguf(folder, staged / file, job)
         size = sum(part.stat().st_size for part in staged.iterdir() if part.is_file())
-        say(f"wrote {job.form}, {size / 2**30:.2f} GiB")
+        say(f"wrote {job.form}, {size / 2**20:,.0f} MiB")
         verdict = _verdict(folder, found, Subject(staged, BAND_OF[job.form], file, folder, trusts), job) if job.checks_parity else None
-        origin = records.of_source(found) if found else {"model": {"path": str(folder.resolve())}}
+        origin = records.of_source(found) if found else {"model": {"path": str(folder.resolve())}, **records.of_run(record)}
         records.write(staged, verdict, format=job.form, **origin)
-        serving.write(
-            staged, job.out, found.record if found else source.read_json(folder / "run.json"), say, gguf=file, tokenizer_folder=folder
-        )
+        serving.write(staged, job.out, record, say, gguf=file, tokenizer_folder=folder)
         story.settle(staged, job.out, verdict, say)
     say(f"done: {job.out}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from surefoot.errors import BackendError, UsageError
 from surefoot.export import records
-from surefoot.export.source import read_json
+from surefoot.json_file import read_json
 
 NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
 

@@ -12,7 +12,8 @@ from surefoot.backends import hf
 from surefoot.errors import BackendError
 from surefoot.export import carry, parity, prompts
 from surefoot.export.parity import BANDS, Reference
-from surefoot.export.source import Source, read_json
+from surefoot.export.source import Source
+from surefoot.json_file import read_json
 from surefoot.plan import ModelPlan
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from surefoot import checkpoint
+from surefoot.artifacts import META
 from surefoot.errors import UsageError
 
 REFUSED = ".refused"  # appended to the name of what was written but failed its parity verdict
@@ -23,10 +25,8 @@ def check(out: Path, *, overwrites: bool) -> None:
         return
     if not overwrites:
         raise UsageError(f"--out={out} exists: give --overwrite, or another --out")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "surefoot_meta.json").is_file()):
-        raise UsageError(
-            f"--out={out} is nothing that this program exported (no surefoot_meta.json): remove it yourself, or give another --out"
-        )
+    if not out.is_dir() or (any(out.iterdir()) and not (out / META).is_file()):
+        raise UsageError(f"--out={out} is nothing that this program exported (no {META}): remove it yourself, or give another --out")
 
 
 @contextmanager
@@ -37,6 +37,7 @@ def staged(out: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
+        checkpoint.share(temporary)
         _put(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from surefoot import artifacts
-from surefoot.export import carry
+from surefoot.artifacts import META
 from surefoot.export.judge import Verdict
 from surefoot.export.source import Source
+from surefoot.json_file import write_json
 
-META = "surefoot_meta.json"
 PARITY = "parity.json"
+RUN = ("started", "ended", "status", "code", "data", "summary")
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "bitsandbytes", "gguf")
 
 
 def of_source(source: Source) -> dict[str, Any]:
     """The adapter, its run and its base."""
-    plan = source.record.get("plan", {})
     return {
         "adapter": {
             "path": str(source.adapter.resolve()),
@@ -28,23 +28,24 @@ def of_source(source: Source) -> dict[str, Any]:
             **{name: source.config.get(name) for name in ("r", "lora_alpha", "use_rslora", "init_lora_weights")},
         },
         "base": {"name": source.base_name, "path": str(source.base.resolve()), "seen": source.seen, "merged_onto": source.onto},
-        "run": {
-            "started": source.record.get("started"),
-            "status": source.record.get("status"),
-            "code": source.record.get("code"),
-            "data_path": plan.get("data", {}).get("data_path"),
-            "data_fingerprint": source.record.get("data", {}).get("fingerprint"),
-            "steps": source.record.get("summary", {}).get("steps"),
-        },
+        **of_run(source.record),
     }
+
+
+def of_run(record: dict[str, Any]) -> dict[str, Any]:
+    """What inference and evaluation read of run.json, in its own form: above all the prompt that the model was trained with."""
+    if "plan" not in record:
+        return {}
+    plan = {name: record["plan"][name] for name in ("model", "adapter", "data", "train")}
+    return {"run": {name: record[name] for name in RUN if name in record} | {"plan": plan}}
 
 
 def write(folder: Path, verdict: Verdict | None, **facts: Any) -> None:
     """Writes surefoot_meta.json, and parity.json when there is a verdict."""
     if verdict is not None:
-        carry.write_json(folder / PARITY, verdict.record)
+        write_json(folder / PARITY, verdict.record)
     parity = "not checked (--parity=False)" if verdict is None else verdict.record["verdict"]
-    carry.write_json(folder / META, {"made_by": artifacts.code_state(), "versions": _versions(), **facts, "parity": parity})
+    write_json(folder / META, {"made_by": artifacts.code_state(), "versions": _versions(), **facts, "parity": parity})
 
 
 def sha256(file: Path) -> str:

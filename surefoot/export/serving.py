@@ -95,8 +95,10 @@ def _of_template(tokenizer: Any) -> Pieces | None:
     return Pieces(start, default, pair, (opening, after), (header, ending), asked[len(alone) :])
 
 
-def modelfile(weights: str, found: Pieces, tokenizer: Any, *, adds_bos: bool) -> str:
-    """Ollama's Modelfile. llama.cpp adds BOS itself where the GGUF says so, and a second one would be a turn the model never saw."""
+def modelfile(weights: str, found: Pieces, tokenizer: Any, *, adds_bos: bool, system: str = "") -> str:
+    """Ollama's Modelfile, with the system turn of who gives none. llama.cpp adds BOS itself where the GGUF says so; a second one would be a
+    turn the model never saw.
+    """
     start = found.start
     if adds_bos and tokenizer.bos_token and start.startswith(tokenizer.bos_token):
         start = start.removeprefix(tokenizer.bos_token)
@@ -106,7 +108,8 @@ def modelfile(weights: str, found: Pieces, tokenizer: Any, *, adds_bos: bool) ->
     turns = "".join(f'{{{{ if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{ end }}}}' for role, (before, after) in pairs)
     template = f"{start}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{found.asks}"
     stops = "".join(f'PARAMETER stop "{token}"\n' for token in stop_tokens(tokenizer, found))
-    return f'FROM {weights}\nTEMPLATE """{template}"""\n{stops}'
+    spoken = f'SYSTEM """{system}"""\n' if system and found.system and '"""' not in system else ""
+    return f'FROM {weights}\nTEMPLATE """{template}"""\n{spoken}{stops}'
 
 
 def stop_tokens(tokenizer: Any, found: Pieces | None) -> list[str]:
@@ -150,7 +153,8 @@ def write(
         lines += ["vLLM:", "```", f"vllm serve {out}{options}", "```", ""]
     if found:
         weights = f"./{gguf}" if gguf else "."
-        (folder / "Modelfile").write_text(modelfile(weights, found, tokenizer, adds_bos=adds_bos), encoding="utf-8")
+        system = str(record.get("data", {}).get("system", ""))
+        (folder / "Modelfile").write_text(modelfile(weights, found, tokenizer, adds_bos=adds_bos, system=system), encoding="utf-8")
         lines += ["Ollama:", "```", f"ollama create {out.name.lower()} -f {out / 'Modelfile'}", f"ollama run {out.name.lower()}", "```", ""]
     else:
         say("note: no Ollama Modelfile: the prompt the model was trained on cannot be written as Ollama's template")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surefoot import checkpoint
 from surefoot.errors import UsageError, joined
+from surefoot.json_file import read_json
 
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the base weights stay what they were
 SPLIT_INITS = ("pissa", "olora")  # a fixed decomposition of the base weights, which is made again
@@ -58,7 +59,7 @@ def read(adapter: str, base_model: str = "", onto: str = "seen") -> Source:
     """
     folder = Path(adapter)
     config = _adapter_config(folder)
-    root = folder.parent if folder.name.startswith("checkpoint-") else folder
+    root = checkpoint.home(folder)
     stamp, record = read_json(root / "backend.json"), read_json(root / "run.json")
     problems, notes = _config_problems(config), []
     problems += _stamp_problems(stamp, config, folder)
@@ -92,23 +93,6 @@ def read(adapter: str, base_model: str = "", onto: str = "seen") -> Source:
         record=record,
         notes=tuple(notes),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's object; {} when there is no file.
-
-    Raises:
-        UsageError: the file is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} is damaged ({error}): restore it") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no JSON object: restore it")
-    return content
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from surefoot import runtime
+from surefoot import checkpoint, runtime
+from surefoot.artifacts import META
 from surefoot.errors import NumericsError, UsageError
-from surefoot.export import carry, judge, merge, place, records, serving, source
+from surefoot.export import judge, merge, place, records, serving, source
 from surefoot.export.judge import Subject, Verdict
 from surefoot.export.source import Source
+from surefoot.json_file import read_json, write_json
 from surefoot.script import told
 
 Say = Callable[[str], object]
@@ -40,7 +42,7 @@ def merge_adapter(found: Source, job: Job, say: Say) -> None:
     with place.staged(job.out) as folder:
         written = list(told(merge.write(work, folder, shard_bytes=job.shard_bytes), len(merge.outputs(work)), "merged", "tensor"))
         done = merge.finish(work, folder)
-        say(f"wrote {len(written)} tensors, {done.merged} of them merged, {sum(output.size for output in written) / 2**30:.2f} GiB")
+        say(f"wrote {len(written)} tensors, {done.merged} of them merged, {sum(output.size for output in written) / 2**20:,.0f} MiB")
         for note in done.notes:
             say(f"note: {note}")
         del work
@@ -80,13 +82,13 @@ def verify(model: str, prompt_file: str, say: Say) -> None:
         UsageError: the adapter is gone or another by now. NumericsError: beyond the band.
     """
     folder = Path(model)
-    meta = source.read_json(folder / records.META)
+    meta = read_json(folder / META)
     if "adapter" not in meta or meta.get("format") not in merge.DTYPES:
-        raise UsageError(f"--verify={model} is no folder that this script merged (by its {records.META}): other exports are judged once")
+        raise UsageError(f"--verify={model} is no folder that this script merged (by its {META}): other exports are judged once")
     runtime.quiet()
     found = from_meta(meta)
     verdict = judge.of_adapter(found, Subject(folder, meta["format"], trusts_remote_code=found.trusts_remote_code), prompt_file)
-    carry.write_json(folder / records.PARITY, verdict.record)
+    write_json(folder / records.PARITY, verdict.record)
     say(verdict.line)
     if not verdict.holds:
         raise NumericsError(f"{folder} is not what was trained: {'; '.join(verdict.reasons)}. Merge again")
@@ -105,7 +107,7 @@ def from_meta(meta: dict[str, dict[str, str]]) -> Source:
         state = "is another by now" if file.is_file() else "is not there any more"
         raise UsageError(f"the adapter that this model was merged from, {adapter['path']}, {state}: merge again")
     onto = "seen" if base["merged_onto"] == base["seen"] else "16bit"
-    has_stamp = (file.parent / "backend.json").is_file() or (file.parent.parent / "backend.json").is_file()
+    has_stamp = (checkpoint.home(file.parent) / "backend.json").is_file()
     if not has_stamp and base["seen"] != "none":
         onto = base["seen"] if onto == "seen" else onto
     return source.read(adapter["path"], "" if Path(base["name"]).is_dir() else base["path"], onto)

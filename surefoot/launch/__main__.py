@@ -1,4 +1,7 @@
-"""python -m surefoot.launch WORLD [--option value ...] -- FLAGS OF finetune.py: checks the flags, shows what it will run, and runs it."""
+"""python -m surefoot.launch WORLD [--option value ...] -- FLAGS OF finetune.py: checks the flags, shows what it will run, and runs it.
+
+The processes of one machine are started by surefoot.launcher, which node.sh calls.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ from pathlib import Path
 
 from surefoot.errors import SurefootError, UsageError
 from surefoot.launch import command, manifests
-from surefoot.launch.ask import OPTIONS, WORLDS, Ask, parse
+from surefoot.launch.ask import OPTIONS, ROOT, WORLDS, Ask, parse
 from surefoot.launch.check import check
 from surefoot.launch.command import Command
 
 RESTARTED = ("k8s", "sky")  # worlds that start the same command again; slurm.sbatch adds --resume itself when it is requeued
+WARNED = OPTIONS["grace_s"].metadata["worlds"]
 COMMANDS = {"local": command.local, "docker": command.docker, "slurm": command.slurm}
 
 
@@ -25,7 +29,7 @@ def completed(ask: Ask) -> Ask:
     """With the flags that a world and a stage add.
 
     Raises:
-        UsageError: --overwrite where the command may be started again.
+        UsageError: --overwrite where the command may be started again; --grace_s where the world has to know it too.
     """
     names = {word[2:].partition("=")[0].replace("-", "_") for word in ask.flags if word.startswith("--")}
     if "overwrite" in names and ask.world in (*RESTARTED, "slurm"):
@@ -33,7 +37,10 @@ def completed(ask: Ask) -> Ask:
             f"--overwrite under {ask.world} would remove the run's own checkpoints when it is started again. Choose a new --output_dir"
         )
     added = [] if ask.stage == 1 or "stage" in names else [f"--stage={ask.stage}"]
-    added += [f"--grace_s={ask.grace_s}"] if ask.world in ("slurm", "k8s") and "grace_s" not in names else []
+    if ask.world in WARNED:
+        if "grace_s" in names:
+            raise UsageError(f"--grace_s after -- is not what {ask.world} would keep to. Give it before --, for both")
+        added.append(f"--grace_s={ask.grace_s}")
     added += ["--resume"] if ask.world in RESTARTED and not names & {"resume", "resume_from_checkpoint"} else []
     return dataclasses.replace(ask, flags=(*ask.flags, *added))
 
@@ -50,7 +57,7 @@ def handed_over(ask: Ask) -> Command:
     if ask.world == "sky":
         file = Path(tempfile.mkdtemp(prefix="surefoot-sky-"), f"{ask.name}.yaml")
         file.write_text(document(ask))
-        return Command(variables={}, words=("sky", "jobs", "launch", "--yes", str(file)))
+        return Command(variables={}, words=("sky", "jobs", "launch", "--yes", "--workdir", str(ROOT), str(file)))
     return COMMANDS[ask.world](ask)
 
 
@@ -73,7 +80,7 @@ def shown(ask: Ask) -> str:
 
 
 def help_text() -> str:
-    lines = [str(__doc__), "", f"worlds: {', '.join(WORLDS)}; docs/launch.md tells them apart", "", "options"]
+    lines = [str(__doc__).splitlines()[0], "", f"worlds: {', '.join(WORLDS)}; docs/launch.md tells them apart", "", "options"]
     for name, option in OPTIONS.items():
         worlds = option.metadata["worlds"]
         where = "" if len(worlds) == len(WORLDS) else f" ({', '.join(worlds)})"
@@ -91,6 +98,8 @@ def main(argv: Sequence[str]) -> int:
         plan = check(ask)
         world = f"{ask.nodes} x {ask.processes} process(es) under profiles/{ask.profile}.yaml"
         print(f"checked: {world}, {plan.train.batch_size} rows a step", file=sys.stderr)
+        if ask.nodes > 1 and ask.world in ("local", "docker"):
+            print(f"for each node, with NODE_RANK=0 to {ask.nodes - 1} and MASTER_ADDR, the address of node 0, set there", file=sys.stderr)
         print(shown(ask), end="", flush=True)
         return submit(ask) if ask.submit else 0
     except SurefootError as error:

@@ -15,6 +15,8 @@ from surefoot.errors import UsageError, joined
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORLDS = ("local", "docker", "slurm", "k8s", "sky")
 KINDS = ("job", "jobset", "trainjob")
+CONTAINERS = ("apptainer", "pyxis")
+ALONE = ("single", "cpu")  # profiles of one process
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a DNS label that leaves room for Kubernetes' suffixes
 
 
@@ -30,16 +32,19 @@ class Ask:
     flags: tuple[str, ...] = ()
     nodes: int = _option(1, "machines")
     gpus: int = _option(1, "GPUs, and processes, of each node; 0: one process on a CPU")
-    profile: str | None = _option(None, "a file of profiles/ without .yaml; default: single for one process, else ddp")
+    profile: str | None = _option(None, "a file of profiles/ without .yaml; default: single or cpu for one process, else ddp")
     stage: int = _option(1, "which image, and finetune.py's --stage")
-    image: str | None = _option(None, "default: surefoot:stageN, which k8s and sky do not find", ("docker", "slurm", "k8s", "sky"))
+    image: str | None = _option(None, "needed by k8s, sky and --container; docker: surefoot:stageN", ("docker", "slurm", "k8s", "sky"))
+    container: str | None = _option(None, "apptainer or pyxis: what runs --image on the nodes; without it the checkout's own", ("slurm",))
     name: str = _option("surefoot", "of the job", ("slurm", "k8s", "sky"))
-    grace_s: int = _option(180, "seconds between the warning and the kill", ("slurm", "k8s"))
+    grace_s: int = _option(180, "seconds between the warning and the kill", ("docker", "slurm", "k8s"))
+    cpus: int = _option(8, "cores for each process", ("slurm", "k8s"))
+    memory: int = _option(64, "GiB of memory for each process", ("slurm", "k8s"))
     time: str | None = _option(None, "time limit as sbatch takes it", ("slurm",))
     kind: str = _option("job", "job (Indexed Job), jobset or trainjob", ("k8s",))
     claim: str = _option("surefoot-runs", "PersistentVolumeClaim for /runs, where the run works", ("k8s",))
     accelerator: str = _option("H100", "GPU model", ("sky",))
-    bucket: str = _option("surefoot-runs", "bucket mounted at /runs, where the run works", ("sky",))
+    bucket: str | None = _option(None, "bucket mounted at /runs, where the run works", ("sky",))
     submit: bool = _option(False, "hand it over; without it nothing is started")
 
     @property
@@ -84,21 +89,27 @@ def parse(argv: Sequence[str]) -> Ask:
         else:
             values[name] = text if equals else words.pop(0)
     problems += _wrong(values)
-    if world in ("k8s", "sky") and "image" not in values:
-        problems.append(
-            f"--image is missing: {world} pulls it from a registry. "
-            "REPOSITORY=REGISTRY/surefoot docker/build.sh stage1 --push puts one there"
-        )
+    problems += _missing(world, values)
     if problems:
         raise UsageError(joined(problems))
     return settled(Ask(world=world, flags=tuple(after), **values))
 
 
 def settled(ask: Ask) -> Ask:
-    """With its profile and image chosen."""
+    """With its profile and image chosen.
+
+    Raises:
+        UsageError: a profile of one process for several.
+    """
     alone = ask.nodes * ask.processes == 1
-    profile = ask.profile or ("single" if alone else "cpu_2proc" if ask.is_cpu else "ddp")
-    return dataclasses.replace(ask, profile=profile, image=ask.image or f"surefoot:stage{ask.stage}")
+    profile = ask.profile or (("cpu" if ask.is_cpu else "single") if alone else "cpu_2proc" if ask.is_cpu else "ddp")
+    if profile in ALONE and not alone:
+        raise UsageError(
+            f"--profile={profile} starts one process, not {ask.nodes} x {ask.processes}. "
+            f"Leave --nodes and --gpus away, or use {', '.join(name for name in profiles() if name not in ALONE)}"
+        )
+    image = ask.image or (f"surefoot:stage{ask.stage}" if ask.world == "docker" else None)
+    return dataclasses.replace(ask, profile=profile, image=image)
 
 
 def _unknown(word: str, name: str, world: str) -> str:
@@ -110,16 +121,31 @@ def _unknown(word: str, name: str, world: str) -> str:
     return f"{word} is no option of surefoot.launch. {hint} Flags of finetune.py come after --"
 
 
+def _missing(world: str, values: dict[str, Any]) -> list[str]:
+    problems = []
+    if world in ("k8s", "sky") and "image" not in values:
+        problems.append(
+            f"--image is missing: {world} pulls it from a registry. "
+            "REPOSITORY=REGISTRY/surefoot docker/build.sh stage1 --push puts one there"
+        )
+    if world == "sky" and "bucket" not in values:
+        problems.append("--bucket is missing: its name is taken for the whole world, so there is no default")
+    if world == "slurm" and ("image" in values) != ("container" in values):
+        given, other = ("image", "container") if "image" in values else ("container", "image")
+        problems.append(f"--{given} needs --{other} under slurm: without both the nodes run this checkout and its Python")
+    return problems
+
+
 def _wrong(values: dict[str, Any]) -> list[str]:
     """Turns the numbers of `values` into int; what cannot be, and what is not among the valid values."""
     problems = []
-    for name, lowest in (("nodes", 1), ("gpus", 0), ("stage", 1), ("grace_s", 1)):
+    for name, lowest in (("nodes", 1), ("gpus", 0), ("stage", 1), ("grace_s", 1), ("cpus", 1), ("memory", 1)):
         text = str(values.get(name, lowest))
         if not text.isdecimal() or int(text) < lowest:
             problems.append(f"--{name}={text} must be a whole number from {lowest} on")
         elif name in values:
             values[name] = int(text)
-    valid = {"stage": (1, 2, 3), "kind": KINDS, "profile": profiles()}
+    valid = {"stage": (1, 2, 3), "kind": KINDS, "container": CONTAINERS, "profile": profiles()}
     for name, choices in valid.items():
         if name in values and values[name] not in choices:
             problems.append(f"--{name}={values[name]} is none of {', '.join(map(str, choices))}")

@@ -7,14 +7,17 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from surefoot import cli, inputs, machine
 from surefoot.config import Config
+from surefoot.errors import UsageError, joined
 from surefoot.inputs import Inputs, RunFolder
-from surefoot.launch.ask import ROOT, Ask
+from surefoot.launch.ask import ALONE, ROOT, Ask
+from surefoot.launch.manifests import RUNS
 from surefoot.machine import Gpu, Machine
 from surefoot.plan import Plan, make_plan
 
@@ -28,18 +31,48 @@ def check(ask: Ask) -> Plan:
     Raises:
         SurefootError: what finetune.py would say, all of it.
     """
-    config = _config(ask.flags)
+    values = _values(ask.flags)
+    if "config" in values and ask.world in ELSEWHERE:
+        raise UsageError(f"--config={values['config']} is a file of this machine, which {ask.world} would not find. Give its flags instead")
+    config = cli.parse(values)
     here = _machine(ask)
+    if hidden := list(_hidden(ask, config, values.get("config"))):
+        raise UsageError(joined(hidden))
     found = _unseen(config) if ask.world in ELSEWHERE else inputs.inspect(config)
     return make_plan(config, here, found)
 
 
-def _config(flags: tuple[str, ...]) -> Config:
+def _values(flags: tuple[str, ...]) -> dict[str, Any]:
     import fire
 
     values: dict[str, Any] = {}
     fire.Fire(lambda **given: values.update(given), command=cli.tidy(flags), serialize=lambda _: None)
-    return cli.parse(values)
+    return values
+
+
+def _hidden(ask: Ask, config: Config, file: str | None) -> Iterator[str]:
+    """What is said of each path that the run would not find, or would not find again, where it runs."""
+    if ask.world not in ("docker", *ELSEWHERE):
+        return
+    seen = _mounted(os.environ) if ask.world == "docker" else [RUNS]
+    files = [("data_path", path) for path in config.data_path] + [("val_data_path", path) for path in config.val_data_path or ()]
+    named = [("config", file), ("base_model", config.base_model), ("local_dir", config.local_dir), ("prompt_style", config.prompt_style)]
+    for flag, path in [*named, *files, ("resume_from_checkpoint", config.checkpoint), ("output_dir", config.output_dir)]:
+        place = Path(os.path.normpath(os.path.join(seen[0], path or "")))
+        if any(place.is_relative_to(folder) for folder in seen):
+            continue
+        if ask.world == "docker":
+            yield f"--{flag}={path} is not in the container, which has this folder, CACHE and MOUNTS. Set MOUNTS={place.parent}"
+        else:
+            yield f"--{flag}={path} is not below {RUNS}, which is all that {ask.world} keeps and every node sees. Put it there"
+
+
+def _mounted(env: Mapping[str, str]) -> list[str]:
+    """docker.sh's folders, the working folder first; PWD is its name where it was entered through a link."""
+    linked = env.get("PWD", "")
+    here = [os.getcwd(), *([linked] if linked and os.path.exists(linked) and os.path.samefile(linked, os.getcwd()) else [])]
+    cache = env.get("CACHE") or str(Path.home() / ".cache")
+    return [*here, cache, *(folder for folder in [env.get("HF_HOME", ""), *env.get("MOUNTS", "").split("\n")] if folder.startswith("/"))]
 
 
 def _unseen(config: Config) -> Inputs:
@@ -53,14 +86,14 @@ def _machine(ask: Ask) -> Machine:
     """This machine as rank 0 would see it there: as many processes, an assumed GPU each, an image's packages where it runs in one."""
     with _environment({**launched(ask), "CUDA_VISIBLE_DEVICES": ""}):
         here = machine.probe()
-    versions = here.versions if ask.world in ("local", "slurm") else {**here.versions, **_image_versions(ask.stage)}
+    versions = {**here.versions, **_image_versions(ask.stage)} if ask.image else here.versions
     return dataclasses.replace(here, gpus=() if ask.is_cpu else (ASSUMED,) * ask.gpus, versions=versions)
 
 
 def launched(ask: Ask) -> dict[str, str]:
     """What accelerate launch puts into rank 0's environment under the profile."""
-    if ask.profile in ("single", "cpu"):
-        return {}
+    if ask.profile in ALONE:
+        return {"ACCELERATE_USE_CPU": "true"} if ask.profile == "cpu" else {}
     given = {"WORLD_SIZE": str(ask.nodes * ask.processes), "LOCAL_WORLD_SIZE": str(ask.processes), "RANK": "0", "LOCAL_RANK": "0"}
     profile = yaml.safe_load((ROOT / f"profiles/{ask.profile}.yaml").read_text())
     if profile["distributed_type"] == "DEEPSPEED":

@@ -25,7 +25,7 @@ def local(ask: Ask) -> Command:
 
 
 def docker(ask: Ask) -> Command:
-    variables = {"IMAGE": str(ask.image), "STAGE": str(ask.stage), **_node(ask), "GPUS": str(ask.gpus)}
+    variables = {"IMAGE": str(ask.image), "STAGE": str(ask.stage), "GRACE_S": str(ask.grace_s), **_node(ask), "GPUS": str(ask.gpus)}
     return Command(variables=variables, words=(str(ROOT / "launch/docker.sh"), *ask.flags))
 
 
@@ -33,8 +33,10 @@ def slurm(ask: Ask) -> Command:
     """Partition, account and the like come from sbatch's own variables (SBATCH_PARTITION, SBATCH_ACCOUNT)."""
     options = [f"--job-name={ask.name}", f"--nodes={ask.nodes}", f"--signal=B:USR1@{ask.grace_s}"]
     options += [] if ask.is_cpu else [f"--gpus-per-node={ask.gpus}"]
+    options += [f"--cpus-per-task={ask.cpus * ask.processes}", f"--mem={ask.memory * ask.processes}G"]
     options += [f"--time={ask.time}"] if ask.time else []
-    variables = {"SUREFOOT": str(ROOT), "PROFILE": str(ask.profile), "GPUS": str(ask.processes), "IMAGE": str(ask.image)}
+    variables = {"SUREFOOT": str(ROOT), "PROFILE": str(ask.profile), "GPUS": str(ask.processes)}
+    variables |= {"CONTAINER": ask.container, "IMAGE": str(ask.image)} if ask.container else {}
     return Command(variables=variables, words=("sbatch", *options, str(ROOT / "launch/slurm.sbatch"), *ask.flags))
 
 

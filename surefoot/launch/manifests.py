@@ -17,7 +17,15 @@ ENTRYPOINT = "/surefoot/docker/entrypoint.sh"
 MISTAKES = [2, 3, 4, 5]  # exit codes that come again however often the pod is started
 PREEMPTED = 75
 SHM = "16Gi"
-CPUS_PER_GPU, MEMORY_PER_GPU_GIB = 8, 64
+GPU = "nvidia.com/gpu"
+TRIES = 3  # after the first, for what is neither a mistake nor a preemption
+
+
+# where one node fails all start again, unless it was a mistake
+RESTARTS = {
+    "maxRestarts": TRIES,
+    "rules": [{"name": "mistakes", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+}
 
 
 def render(documents: list[dict[str, Any]]) -> str:
@@ -53,7 +61,7 @@ def job(ask: Ask) -> list[dict[str, Any]]:
         "spec": {"clusterIP": "None", "selector": {"job-name": ask.name}, "publishNotReadyAddresses": True, "ports": [{"port": PORT}]},
     }
     pod = _pod(ask, "finetune", _indexed_env(ask, f"{ask.name}-0.{ask.name}"))
-    spec = _indexed(ask, {**pod, "subdomain": ask.name})
+    spec = _indexed(ask, {**pod, "subdomain": ask.name}, TRIES * ask.nodes)  # where one node fails the others do
     return [service, {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": ask.name}, "spec": spec}]
 
 
@@ -61,11 +69,8 @@ def jobset(ask: Ask) -> list[dict[str, Any]]:
     pod = _pod(ask, "finetune", _indexed_env(ask, f"{ask.name}-node-0-0.{ask.name}"))
     spec = {
         "network": {"enableDNSHostnames": True, "subdomain": ask.name, "publishNotReadyAddresses": True},
-        "failurePolicy": {
-            "maxRestarts": 3,
-            "rules": [{"name": "mistakes", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
-        },
-        "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": _indexed(ask, pod)}}],
+        "failurePolicy": RESTARTS,
+        "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": _indexed(ask, pod, 0)}}],
     }
     return [{"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {"name": ask.name}, "spec": spec}]
 
@@ -83,7 +88,7 @@ def trainjob(ask: Ask) -> list[dict[str, Any]]:
         "name": "node",
         "template": {
             "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
-            "spec": {**_failures("node"), "template": {"spec": pod}},
+            "spec": {**_failures("node", 0), "template": {"spec": pod}},
         },
     }
     runtime = {
@@ -92,7 +97,7 @@ def trainjob(ask: Ask) -> list[dict[str, Any]]:
         "metadata": {"name": ask.name, "labels": {"trainer.kubeflow.org/framework": "torch"}},
         "spec": {
             "mlPolicy": {"numNodes": ask.nodes, "torch": {}},
-            "template": {"spec": {"replicatedJobs": [replicated]}},
+            "template": {"spec": {"failurePolicy": RESTARTS, "replicatedJobs": [replicated]}},
         },
     }
     trainer = {
@@ -110,32 +115,35 @@ def trainjob(ask: Ask) -> list[dict[str, Any]]:
     ]
 
 
-def _indexed(ask: Ask, pod: dict[str, Any]) -> dict[str, Any]:
+def _indexed(ask: Ask, pod: dict[str, Any], tries: int) -> dict[str, Any]:
     return {
         "completionMode": "Indexed",
         "completions": ask.nodes,
         "parallelism": ask.nodes,
-        **_failures("finetune"),
+        **_failures("finetune", tries),
         "template": {"spec": pod},
     }
 
 
-def _failures(container: str) -> dict[str, Any]:
-    """A preempted pod is started again and not counted, a mistake of the user's ends the job at once, anything else has three tries."""
+def _failures(container: str, tries: int) -> dict[str, Any]:
+    """A preempted pod is started again and not counted, a mistake of the user's ends the job at once, anything else has `tries` more."""
     rules = [
         {"action": "Ignore", "onExitCodes": {"containerName": container, "operator": "In", "values": [PREEMPTED]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {"action": "FailJob", "onExitCodes": {"containerName": container, "operator": "In", "values": MISTAKES}},
     ]
-    return {"backoffLimit": 3, "podFailurePolicy": {"rules": rules}}
+    return {"backoffLimit": tries, "podFailurePolicy": {"rules": rules}}
 
 
 def _pod(ask: Ask, container: str, env: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": ask.grace_s,
+        "automountServiceAccountToken": False,
+        **({} if ask.is_cpu else {"tolerations": [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}]}),
         "securityContext": {
-            "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER, "seccompProfile": {"type": "RuntimeDefault"},
+            "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [
             {
@@ -157,8 +165,8 @@ def _pod(ask: Ask, container: str, env: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _resources(ask: Ask) -> dict[str, Any]:
-    share = {"cpu": str(CPUS_PER_GPU * ask.processes), "memory": f"{MEMORY_PER_GPU_GIB * ask.processes}Gi"}
-    return {"requests": share, "limits": {} if ask.is_cpu else {"nvidia.com/gpu": str(ask.gpus)}}
+    requests = {"requests": {"cpu": str(ask.cpus * ask.processes), "memory": f"{ask.memory * ask.processes}Gi"}}
+    return requests if ask.is_cpu else {**requests, "limits": {GPU: str(ask.gpus)}}
 
 
 def _env(ask: Ask) -> list[dict[str, Any]]:

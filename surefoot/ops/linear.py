@@ -90,7 +90,10 @@ def scaled(b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     return (scaling * b).to(dtype)
 
 
-@torch.library.custom_op("surefoot::adapted_linears", mutates_args=())
+# schemas are spelled out: torch 2.6 does not infer them from list[Tensor]
+@torch.library.custom_op(
+    "surefoot::adapted_linears", mutates_args=(), schema="(Tensor x, Tensor[] weights, Tensor a, Tensor[] b) -> Tensor[]"
+)
 def _forward(x: Tensor, weights: list[Tensor], a: Tensor, b: list[Tensor]) -> list[Tensor]:
     return products(x, dense(weights, b, x.shape[1]), a, b)
 
@@ -100,7 +103,11 @@ def _(x: Tensor, weights: list[Tensor], a: Tensor, b: list[Tensor]) -> list[Tens
     return [x.new_empty(x.shape[0], a.shape[0]), *(x.new_empty(x.shape[0], up.shape[0]) for up in b)]
 
 
-@torch.library.custom_op("surefoot::adapted_linears_backward", mutates_args=())
+@torch.library.custom_op(
+    "surefoot::adapted_linears_backward",
+    mutates_args=(),
+    schema="(Tensor[] gradients, Tensor x, Tensor u, Tensor[] weights, Tensor a, Tensor[] b, bool needs_dx) -> Tensor[]",
+)
 def _backward(
     gradients: list[Tensor], x: Tensor, u: Tensor, weights: list[Tensor], a: Tensor, b: list[Tensor], needs_dx: bool
 ) -> list[Tensor]:
@@ -142,9 +149,15 @@ def input_gradient(gradients: list[Tensor], weights: list[Tensor], p: Tensor, a:
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right with fp32 sums that stay fp32."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+    if has_wide_mm(left):
         return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).to(torch.promote_types(left.dtype, torch.float32))
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return left.to(wide) @ right.to(wide)
+
+
+def has_wide_mm(operand: Tensor) -> bool:
+    """Whether torch.mm() keeps the fp32 sums of such 16-bit operands: on a GPU, from torch 2.8 on."""
+    return operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16) and "dtype" in torch.ops.aten.mm.overloads()
 
 
 class _ScaledRows(torch.autograd.Function):

@@ -76,7 +76,9 @@ def _operands(tensors: Any, scaling: float, dtype: torch.dtype, has_factors: boo
     return weights, [stacked(a[:2], dtype), a[2].to(dtype)], [scaled(one, scaling, dtype) for one in b], factors
 
 
-@torch.library.custom_op("surefoot::adapted_mlp", mutates_args=())
+@torch.library.custom_op(
+    "surefoot::adapted_mlp", mutates_args=(), schema="(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] b, Tensor[] factors) -> Tensor[]"
+)
 def _forward(x: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
     into, out = _dense(weights, a, b)
     u, gate, up = products(x, into(), a[0], b[:2])
@@ -90,7 +92,11 @@ def _(x: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor], factor
     return [x.new_empty(x.shape[0], width) for width in widths]
 
 
-@torch.library.custom_op("surefoot::adapted_mlp_backward", mutates_args=())
+@torch.library.custom_op(
+    "surefoot::adapted_mlp_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor[] kept, Tensor[] weights, Tensor[] a, Tensor[] b, Tensor[] factors, bool needs_dx) -> Tensor[]",
+)
 def _backward(
     dy: Tensor, kept: list[Tensor], weights: list[Tensor], a: list[Tensor], b: list[Tensor], factors: list[Tensor], needs_dx: bool
 ) -> list[Tensor]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from surefoot.ops.linear import has_wide_mm
+
 
 def squared_rows(weight: Tensor) -> Tensor:
     """|W|^2 of each row: [out, in] to [out], fp32 (fp64 for fp64)."""
@@ -38,7 +40,7 @@ def _products(weights: Iterable[Tensor], downs: Tensor) -> Tensor:
     """W A^T of each layer with fp32 sums, [n, out, r]."""
     rank, parts, products = downs.shape[1], None, []
     for place, weight in enumerate(weights):
-        if not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
+        if not has_wide_mm(weight):
             products.append(weight.to(downs.dtype) @ downs[place].t())
             continue
         if parts is None:

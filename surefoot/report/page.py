@@ -136,6 +136,8 @@ def _evaluation(run: Run) -> str:
             rows.append(
                 (name, metric, *(_score(sides.get(side, {}).get(metric)) for side in ("base", "trained")), _score(gain), one.get("rows"))
             )
+    for task, metrics in (run.evaluation.get("lm_eval") or {}).items():
+        rows += [(f"lm-eval {task}", metric, "-", f"{value:.4g}", "-", None) for metric, value in metrics.items()]
     return parts.table(("set", "metric", "base", "trained", "gain", "rows"), rows)
 
 

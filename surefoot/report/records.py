@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from surefoot.errors import UsageError
+from surefoot.json_file import read_json
 
 
 class Run(NamedTuple):
@@ -49,24 +50,12 @@ def read(folder: Path) -> Run:
     Raises:
         UsageError: it holds no run.json, or a file that is not what finetune.py or evaluate.py writes.
     """
-    path = folder / "run.json"
-    if not path.is_file():
+    record = read_json(folder / "run.json")
+    if not record:
         raise UsageError(f"{folder} holds no run.json: it is no run folder of finetune.py")
-    record = _json(path)
     log = [entry for entry in _lines(folder / "metrics.jsonl") if "step" in entry]
-    evaluation = _json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
     name = record.get("plan", {}).get("train", {}).get("run_name") or folder.resolve().name
-    return Run(str(name), folder, record, log, evaluation, _lines(folder / "evaluation.jsonl"))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged: it holds no object")
-    return content
+    return Run(str(name), folder, record, log, read_json(folder / "evaluation.json"), _lines(folder / "evaluation.jsonl"))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

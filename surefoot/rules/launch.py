@@ -68,7 +68,8 @@ def profile_and_flags(desk: Desk, accumulation: int, precision: str) -> None:
     if m.launcher_precision != "no":
         desk.problems.append(
             f"the launcher's profile says {m.launcher_precision}: {m.strategy} would cast the adapters too, and master weights "
-            f"are fp32. Set mixed_precision: 'no' there (and no bf16 or fp16 in a DeepSpeed JSON), and give --{m.launcher_precision}=True"
+            "are fp32. Set mixed_precision: 'no' there (and no bf16 or fp16 in a DeepSpeed JSON) and let the flags decide: "
+            f"--{m.launcher_precision}=True"
         )
     if precision == "fp16":
         desk.problems.append(

@@ -10,6 +10,14 @@ from surefoot.rules.desk import Choice, Desk
 ALPHA_RULES = {"r": 1, "2r": 2}
 
 
+def revision(desk: Desk) -> Choice:
+    """The commit that is trained, so that a resumed run and whoever loads the adapter take the same one."""
+    commit = desk.inputs.commit
+    if commit is None or desk.config.revision == commit:
+        return desk.as_given("revision")
+    return Choice("revision", commit, desk.config.source("revision"), f"what {desk.config.revision or 'the main branch'} is now")
+
+
 def quantization(desk: Desk) -> Choice:
     c, m = desk.config, desk.machine
     kind = "nf4" if c.load_4bit else "int8" if c.load_8bit else "none"
@@ -31,7 +39,8 @@ def precision(desk: Desk) -> Choice:
     if c.bf16 and m.gpu and m.gpu.capability < (8, 0):
         desk.problems.append(f"--bf16=True needs compute capability 8.0; {m.gpu.name} has {_version(m.gpu)}. Use --fp16=True")
     asked = "bf16" if c.bf16 else "fp16" if c.fp16 else "fp32" if c.bf16 is False or c.fp16 is False else None
-    if m.launcher_precision in ("bf16", "fp16") and asked not in (None, m.launcher_precision):
+    casts = m.engine in ("deepspeed", "fsdp")  # of those launch.profile_and_flags refuses any precision in the profile
+    if m.launcher_precision in ("bf16", "fp16") and asked not in (None, m.launcher_precision) and not casts:
         desk.problems.append(
             f"the launcher's profile says mixed_precision: {m.launcher_precision}, the flags say {asked}. "
             "Change one of them, or set mixed_precision: 'no' in the profile and let the flags decide"

@@ -20,6 +20,8 @@ def environment(desk: Desk) -> Choice:
         env["TORCH_NCCL_TRACE_BUFFER_SIZE"] = "2000"
         env["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
         env["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = f"{c.output_dir}/heartbeats/nccl-of-rank-"
+    if desk.machine.engine == "deepspeed":  # its 0.19 reads a checkpoint's files as whole pickles, which may run code
+        env["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     if c.deterministic:
         env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS keeps one result per shape only with a fixed workspace
     return Choice("environment", env, "auto", "")

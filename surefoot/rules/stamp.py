@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from surefoot.rules.launch import PROFILES
+
+LAUNCHED = {"engine", "offloads", "world_size"}  # what the launcher decides
 CHANGES_NUMBERS = (
     "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "triton", "flash-attn", "xformers",
     "unsloth", "unsloth_zoo",
@@ -20,11 +23,10 @@ def refusal(checkpoint: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
     if not changed:
         return ""
     differences = "; ".join(_difference(key, before[key], now[key]) for key in changed)
-    flags = [flag for key in changed if key != "world_size" for flag in _flags(key, before[key], now[key])]
+    flags = [flag for key in changed if key not in LAUNCHED for flag in _flags(key, before[key], now[key])]
     way_out = f"To continue it, run this command with {' '.join(flags)}" if flags else "To continue it, run this command"
-    if "world_size" in changed:
-        count = before["world_size"]
-        way_out += " under python" if count == 1 else f" under accelerate launch --num_processes {count}"
+    if not LAUNCHED.isdisjoint(changed):
+        way_out += f" under {_launch(before)}"
     return f"cannot continue {checkpoint}: it was made under other settings ({differences}). {way_out}; or give another --output_dir"
 
 
@@ -34,6 +36,15 @@ def drift(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         f"{name} {before.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in CHANGES_NUMBERS if before.get(name) != now.get(name)
     ]
     return f"the run began with other versions ({', '.join(moved)}): its numbers may differ from here on" if moved else ""
+
+
+def _launch(before: Mapping[str, Any]) -> str:
+    """The launcher that gives a stamp's engine and number of processes again."""
+    engine, count = before.get("engine", "ddp"), before.get("world_size", 1)
+    if count == 1 and engine in ("single", "ddp"):
+        return "python"
+    profile = "ds_zero3_offload" if before.get("offloads") else PROFILES.get(engine, engine)
+    return f"accelerate launch --config_file profiles/{profile}.yaml --num_processes {count}"
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

@@ -112,6 +112,15 @@ def _make_input_need_gradient(_layer: Any, inputs: tuple[torch.Tensor, ...]) -> 
         inputs[0].requires_grad_()
 
 
+def know_deepspeeds_constants() -> None:
+    """Lets torch.load, which reads tensors and numbers only, read the few classes that DeepSpeed 0.19 puts beside them."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+
+
 def whole_trainables(model: Any) -> dict[str, torch.Tensor]:
     """The trainable tensors by name, whole and on the host, also where they are kept in pieces. Every rank must call it."""
     return {name: _whole(parameter) for name, parameter in trainable(model)}

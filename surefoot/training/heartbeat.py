@@ -89,8 +89,7 @@ class Heartbeat:
         if self.timeout_s > 0:
             self._over.set()
             self._thread.join()
-            self.phase = DONE
-            self._write()
+            self._write(DONE)  # phase stays: an error tells where it happened
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
@@ -112,11 +111,11 @@ class Heartbeat:
                             print(f"finetune.py: {self._verdict(culprit)}", file=sys.stderr, flush=True)
                         os._exit(BackendError.exit_code)
 
-    def _write(self) -> bool:
+    def _write(self, phase: str | None = None) -> bool:
         self._ticks += 1
         file = self._file("rank-{}.json")
         partial = file.with_suffix(".part")
-        beat = Beat(self.step, self.phase, self.moves, self._ticks, f"{socket.gethostname()}, pid {os.getpid()}")
+        beat = Beat(self.step, phase or self.phase, self.moves, self._ticks, f"{socket.gethostname()}, pid {os.getpid()}")
         try:
             partial.write_text(json.dumps(beat))
             os.replace(partial, file)

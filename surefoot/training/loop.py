@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 
+from surefoot import checkpoint
 from surefoot.errors import NumericsError
 from surefoot.training import bad_steps, engines, guard
 from surefoot.training.bad_steps import Culprit, Report
@@ -181,6 +182,13 @@ class SurefootTrainer(ResumableTrainer):
         else:
             engines.put_trainables(self.model, Path(self.state.best_model_checkpoint))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Likewise; DeepSpeed does not come here."""
+        if self.engine == "fsdp" and isinstance(self.model, PeftModel):
+            engines.put_trainables(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Of DeepSpeed's and FSDP's adapters only the trained tensors are gathered; Trainer gathers the frozen weights with them."""
         if self.engine in ("single", "ddp") or not isinstance(self.model, PeftModel):
@@ -200,3 +208,4 @@ class SurefootTrainer(ResumableTrainer):
             self.model.save_pretrained(folder, state_dict=state_dict)
             self.model.config.use_cache = False
         self.processing_class.save_pretrained(folder)
+        checkpoint.share(folder)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from surefoot.errors import BackendError, NumericsError
 from surefoot.plan import Plan
 from surefoot.signals import StopRequest
-from surefoot.training import engines, gpu_memory, leak, saved
+from surefoot.training import compiling, engines, gpu_memory, leak, saved
 from surefoot.training.arguments import training_arguments
 from surefoot.training.checkpoints import Saver, disk_complaint, read_torch_files_anywhere
 from surefoot.training.guard import Guard
@@ -67,7 +67,7 @@ def _explained(plan: Plan, heartbeat: Heartbeat) -> Iterator[None]:
             ) from error
         if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no type of its own
             place = f"rank {heartbeat.rank} lost another process at step {heartbeat.step} in {heartbeat.phase}"
-            raise BackendError(f"{place} ({text}). What that one said last is the cause; {way_out}") from error
+            raise BackendError(f"{place} ({text.partition('. This is')[0]}). What that one said last is the cause; {way_out}") from error
         raise
 
 
@@ -78,9 +78,11 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
     if plan.output.resume_from is not None:
         trainer.restore(Path(plan.output.resume_from))
         read_torch_files_anywhere()
+        if plan.machine.engine == "deepspeed":
+            engines.know_deepspeeds_constants()
     health = trainer.parts["health"]
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
-    reserved = gpu_memory.reserved_gib()
+    reserved, compiled = gpu_memory.reserved_gib(), compiling.so_far()
     result = trainer.train(resume_from_checkpoint=plan.output.resume_from)
     trainer.heartbeat.beat("end", result.global_step)
     trainer.request.begin()  # what is left is short, and is not stopped
@@ -97,6 +99,7 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "memory": _memory(plan, meter),
         "gpu_memory": gpu_memory.report(reserved, plan.machine.gpu.memory_gib if plan.machine.gpu else None),
+        "compile": compiling.since(compiled),
         "trainable_parameters": trained,
         "bad_steps": guard.bad_steps,
         "loss_spikes": guard.spikes,
@@ -213,7 +216,8 @@ def summary_line(summary: dict[str, Any], folder: str) -> str:
         parts.append(f"{len(summary['bad_steps'])} steps were skipped (bad_steps.jsonl)")
     if summary["still_tensors"]:
         parts.append(f"{len(summary['still_tensors'])} tensors did not move, first {summary['still_tensors'][0]}")
-    return f"{_memory_line(summary['memory'])}{gpu_memory.line(summary['gpu_memory'])}done: {', '.join(parts)}. Saved in {folder}"
+    lines = compiling.line(summary["compile"]) + _memory_line(summary["memory"]) + gpu_memory.line(summary["gpu_memory"])
+    return f"{lines}done: {', '.join(parts)}. Saved in {folder}"
 
 
 def _memory_line(memory: dict[str, Any]) -> str:

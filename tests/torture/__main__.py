@@ -8,22 +8,26 @@ on GPUs, in deterministic mode.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import json
 import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tests.conftest import TRAIN_ROWS
+from tests.conftest import ROOT, TRAIN_ROWS
 from tests.torture.blow import PLACES, Blow, name_of, run
-from tests.torture.cells import BF16_CELLS, CELLS, COMMON, ROWS, Cell
+from tests.torture.cells import CELLS, COMMON, EVERY_CELL, ROWS, Cell
 from tests.torture.compare import differences, reached, resumed_at
+from tests.torture.report import COUNTS, add
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ON_GPU = bool(os.environ["CUDA_VISIBLE_DEVICES"])  # set empty by tests/conftest.py where it is not given
@@ -37,13 +41,18 @@ TURNS = {
     "rename": 20,
     "prune": 1,
     "last_save": 2,
-}  # in two or three steps
+}  # of one process in two or three steps
+OF_RANK_0 = ("manifest", "rename", "prune", "last_save")
 LIMIT_S = 120
 PRELOADED = (
     "finetune",
     "surefoot.backends.hf",
     "surefoot.training.trainer",
     "surefoot.data.prepare",
+    "surefoot.assembly",
+    "surefoot.artifacts",
+    "transformers.models.llama.modeling_llama",
+    "torch._dynamo",
     "deepspeed",
     "bitsandbytes",
     "datasets",
@@ -62,6 +71,7 @@ def attempt(cell: Cell, argv: list[str], blow: Blow | None, folder: Path) -> lis
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    environment(cell.profile)  # asked once, before any fork
     children = [_fork(cell, argv, rank, blow, folder, port) for rank in range(cell.processes)]
     codes: dict[int, int] = {}
     deadline, told = time.monotonic() + LIMIT_S, False
@@ -91,7 +101,7 @@ def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Pat
         if cell.processes > 1:
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cell.processes), "LOCAL_WORLD_SIZE": str(cell.processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": str(not ON_GPU),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment(cell.profile),
             }  # fmt: skip
         code = run(argv, rank, blow, folder / f"rows-of-rank-{rank}.jsonl")
     except SystemExit as left:
@@ -105,12 +115,24 @@ def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Pat
         os._exit(code)
 
 
+@functools.cache
+def environment(profile: str | None) -> dict[str, str]:
+    """What accelerate's launcher makes of a profile, as its processes find it."""
+    if profile is None:
+        return {"ACCELERATE_USE_CPU": str(not ON_GPU)}
+    words = ["-m", "accelerate.commands.launch", "--config_file", ROOT / f"profiles/{profile}.yaml", "--num_processes", 2]
+    words += ["--main_process_port", 0, Path(__file__).with_name("tell.py")]
+    said = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=True).stdout
+    variables: dict[str, str] = json.loads(said.splitlines()[-1])
+    return variables
+
+
 def draw(rng: random.Random, cell: Cell) -> Blow:
     """Mostly within the next few steps, so that a run meets many."""
     place = rng.choice(PLACES)
     number = rng.choice((signal.SIGKILL, signal.SIGKILL, *POLITE))
-    ranks = tuple(range(cell.processes)) if rng.random() < 0.5 else (rng.randrange(cell.processes),)
-    last_turn = TURNS[place] * rng.choice((1, 1, 1, 3))
+    ranks = tuple(range(cell.processes)) if rng.random() < 0.5 else (rng.randrange(1 if place in OF_RANK_0 else cell.processes),)
+    last_turn = -(-TURNS[place] // cell.processes) * rng.choice((1, 1, 1, 3))
     return Blow(place, rng.randint(1, last_turn), number, ranks)
 
 
@@ -157,6 +179,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", nargs="*", default=[cell.name for cell in CELLS])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after so long")
+    parser.add_argument("--report", type=Path, help="JSON file that sums up all calls that name it")
+    parser.add_argument("--machine", default=f"{os.cpu_count()} CPU cores", help="for the report")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     asked = parser.parse_args()
     for name in () if ON_GPU else PRELOADED:  # some of them ask for GPUs, and CUDA does not survive a fork
@@ -166,26 +190,28 @@ def main() -> int:
     rows = home / "rows.jsonl"
     home.mkdir(parents=True, exist_ok=True)
     rows.write_text("\n".join(sorted(TRAIN_ROWS.read_text().splitlines(), key=len)[:ROWS]) + "\n")
-    rng, cells = random.Random(asked.seed), [cell for cell in (*CELLS, *BF16_CELLS) if cell.name in asked.cells]
-    began, totals = time.monotonic(), {cell.name: [0, 0, 0] for cell in cells}
-    problems: list[str] = []
-    while sum(total[0] for total in totals.values()) < asked.kills and time.monotonic() - began < asked.seconds:
-        cell = min(cells, key=lambda cell: totals[cell.name][0])
+    rng, cells = random.Random(asked.seed), [cell for cell in EVERY_CELL if cell.name in asked.cells]
+    began, totals = time.monotonic(), {cell.name: dict.fromkeys(COUNTS, 0) for cell in cells}
+    while sum(total["kills"] for total in totals.values()) < asked.kills and time.monotonic() - began < asked.seconds:
+        cell = min(cells, key=lambda cell: totals[cell.name]["kills"])
         tally = torture(cell, [draw(rng, cell) for _ in range(BLOWS_A_RUN)], home, rows)
-        totals[cell.name] = [a + b for a, b in zip(totals[cell.name], tally[:3], strict=True)]
-        problems += tally.problems
+        found = dict(zip(COUNTS, (1, *tally[:3], len(tally.problems)), strict=True))
+        totals[cell.name] = {name: totals[cell.name][name] + count for name, count in found.items()}
         for problem in tally.problems:
             print(problem, flush=True)
-    _report(totals, problems, time.monotonic() - began)
-    return 1 if problems else 0
+        if asked.report:
+            add(asked.report, {cell.name: found}, asked.seed, asked.machine)
+    return _say(totals, time.monotonic() - began)
 
 
-def _report(totals: dict[str, Any], problems: list[str], seconds: float) -> None:
-    print(f"{'cell':<14}{'kills':>7}{'resumes':>9}{'lost steps':>12}")
-    for name, (kills, resumes, lost) in totals.items():
-        print(f"{name:<14}{kills:>7}{resumes:>9}{lost:>12}")
-    kills, resumes, lost = (sum(column) for column in zip(*totals.values(), strict=True))
-    print(f"{len(totals)} cells, {kills} kills, {resumes} resumes, {lost} lost steps, {len(problems)} mismatches, {seconds:.0f} s")
+def _say(totals: dict[str, dict[str, int]], seconds: float) -> int:
+    """The exit code."""
+    print(f"{'cell':<18}{'kills':>7}{'resumes':>9}{'lost steps':>12}{'mismatches':>12}")
+    for name, row in totals.items():
+        print(f"{name:<18}{row['kills']:>7}{row['resumes']:>9}{row['lost_steps']:>12}{row['mismatches']:>12}")
+    kills, resumes, lost, mismatches = (sum(row[name] for row in totals.values()) for name in COUNTS[1:])
+    print(f"{len(totals)} cells, {kills} kills, {resumes} resumes, {lost} lost steps, {mismatches} mismatches, {seconds:.0f} s")
+    return 1 if mismatches else 0
 
 
 if __name__ == "__main__":

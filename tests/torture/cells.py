@@ -8,9 +8,12 @@ from tests.runs import QUICK, SMALL_MODEL
 
 
 class Cell(NamedTuple):
+    """profile: of profiles/, where the cell's processes belong to an engine; else they are what torchrun would make of them."""
+
     name: str
     processes: int
     flags: dict[str, Any]
+    profile: str | None = None
 
 
 COMMON = {
@@ -26,6 +29,17 @@ CELLS = (
     Cell("dora-ddp", 2, {"adapter_name": "dora", "group_by_length": True, "dataloader_num_workers": 1}),
     Cell("qlora-ddp", 2, {"adapter_name": "lora", "load_4bit": True, "save_step": 1, "eval_step": 1, "lora_dropout": 0.0}),
 )  # fmt: skip
+ENGINE_CELLS = (
+    Cell("lora-zero2", 2, {"adapter_name": "lora", "dataloader_num_workers": 1}, "ds_zero2"),
+    Cell("dora-zero2", 2, {"adapter_name": "dora", "packing": True, "eval_step": 1, "save_step": 3, "load_best_model_at_end": False}, "ds_zero2"),
+    Cell("qlora-zero2", 2, {"adapter_name": "lora", "load_4bit": True}, "ds_zero2"),
+    Cell("lora-zero3", 2, {"adapter_name": "lora", "packing": True}, "ds_zero3"),
+    Cell("dora-zero3", 2, {"adapter_name": "dora", "group_by_length": True}, "ds_zero3"),
+    Cell("qlora-zero3", 2, {"adapter_name": "lora", "load_4bit": True, "save_step": 1, "eval_step": 1}, "ds_zero3"),
+    Cell("lora-fsdp2", 2, {"adapter_name": "lora", "packing": True, "logging_steps": 3}, "fsdp2"),
+    Cell("dora-fsdp2", 2, {"adapter_name": "dora", "group_by_length": True, "dataloader_num_workers": 1}, "fsdp2"),
+    Cell("qlora-fsdp2", 2, {"adapter_name": "lora", "load_4bit": True, "save_step": 1, "eval_step": 1}, "fsdp2"),
+)  # fmt: skip
 SHORT = {
     "bf16": True,
     "batch_size": 2,
@@ -37,4 +51,7 @@ BF16_CELLS = (
     Cell("dora-single-bf16", 1, {"adapter_name": "dora", **SHORT}),
     Cell("qlora-single-bf16", 1, {"adapter_name": "lora", "load_4bit": True, **SHORT}),
     Cell("lora-ddp-bf16", 2, {"adapter_name": "lora", **SHORT}),
+    Cell("lora-zero2-bf16", 2, {"adapter_name": "lora", **SHORT}, "ds_zero2"),
+    Cell("dora-fsdp2-bf16", 2, {"adapter_name": "dora", **SHORT}, "fsdp2"),
 )
+EVERY_CELL = (*CELLS, *ENGINE_CELLS, *BF16_CELLS)

@@ -132,7 +132,7 @@ TESTS = (
             Cells(methods=("dora",), quantizations=("none",), engines=("ddp",), compiles=PLAIN, packs=PLAIN),
             Cells(methods=("lora",), quantizations=("nf4",), engines=("ddp",), compiles=PLAIN, packs=PLAIN),
         ),
-        "",
+        ON_CPU,
     ),
     Test(
         f"{FILE}test_cell_when_a_gpu_runs_it_then_learns",

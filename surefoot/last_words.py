@@ -16,32 +16,17 @@ PATIENCE_S = 3.0  # for the others to fail alike, before the launcher ends them
 def say(error: SurefootError) -> int:
     """Prints `error` where no other process of this host has printed its own, and returns the exit code that all of them end with."""
     signals.ignore()  # the launcher's SIGTERM to whoever is not gone yet must not change the exit code
-    folder = _shared_folder()
-    if folder is None:
-        print(f"finetune.py: {error}", file=sys.stderr)
-        return error.exit_code
-    try:
-        with (folder / "surefoot-exit-code").open("x") as file:
-            file.write(str(error.exit_code))
+    folder = signals.launch_folder()
+    if signals.settle(error.exit_code):
         print(f"finetune.py: {error}", file=sys.stderr, flush=True)
-    except FileExistsError:
-        pass
     if error.exit_code == Preempted.exit_code:
         signals.tell_of_launcher()
-    return _together(folder) or error.exit_code
-
-
-def _shared_folder() -> Path | None:
-    """The folder that torchrun keeps for the processes that it started on this host, and removes behind them."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    folder = Path(file).parent.parent if file else None
-    return folder if folder is not None and folder.is_dir() else None
+    return error.exit_code if folder is None else _together(folder) or error.exit_code
 
 
 def _together(folder: Path) -> int:
     """Waits until the other processes are here too, or for PATIENCE_S; the exit code of the first, 0 if it is not written yet."""
-    (folder / f"surefoot-ended-{os.environ.get('LOCAL_RANK', '0')}").touch()
     everyone, end = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), time.monotonic() + PATIENCE_S
-    while len(list(folder.glob("surefoot-ended-*"))) < everyone and time.monotonic() < end:
+    while len(list(folder.glob(f"{signals.ENDED}*"))) < everyone and time.monotonic() < end:
         time.sleep(0.02)
-    return int((folder / "surefoot-exit-code").read_text() or 0)
+    return int((folder / signals.EXIT_CODE).read_text() or 0)

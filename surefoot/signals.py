@@ -17,6 +17,7 @@ from surefoot.errors import Preempted
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_S = 2.0  # a terminal and a launcher each pass on one Ctrl-C: what comes so soon is the same request
 STOP_FILE = "SUREFOOT_STOP_FILE"  # the variable that names it; surefoot.launcher always sets it
+EXIT_CODE, ENDED = "surefoot-exit-code", "surefoot-ended-"  # files of the processes of one launch, the second with the local rank
 STUCK_S = 5.0  # for a Python handler to get its turn
 
 
@@ -61,6 +62,7 @@ class StopRequest:
     def _leave(self, who: str) -> None:
         _write(f"{who} before this process has finished a step: nothing is lost, the same command with --resume goes on")
         tell_of_launcher()
+        settle(Preempted.exit_code)
         ignore()
         raise SystemExit(Preempted.exit_code)
 
@@ -77,6 +79,27 @@ def tell_of_launcher() -> None:
     """Rank 0 says what torchrun, under accelerate launch or by itself, makes of exit code 75. Ours passes it on."""
     if os.environ.get("RANK") == "0" and "TORCHELASTIC_RUN_ID" in os.environ and STOP_FILE not in os.environ:
         _write("this launcher answers 1 to our exit code 75; `python -m surefoot.launcher` in place of `accelerate launch` passes it on")
+
+
+def launch_folder() -> Path | None:
+    """The folder that torchrun keeps for the processes that it started on this host, and removes behind them."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    folder = Path(file).parent.parent if file else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def settle(code: int) -> bool:
+    """Says that this process ends; the first to say so gives all of this host their exit code, and gets True."""
+    folder = launch_folder()
+    if folder is None:
+        return True
+    (folder / f"{ENDED}{os.environ.get('LOCAL_RANK', '0')}").touch()
+    try:
+        with (folder / EXIT_CODE).open("x") as file:
+            file.write(str(code))
+    except FileExistsError:
+        return False
+    return True
 
 
 def ignore() -> None:
@@ -97,6 +120,7 @@ def _unstick(request: StopRequest, inlet: int) -> None:
         if set(numbers) & set(STOPS):
             time.sleep(STUCK_S)
             if not request.has_begun:
+                settle(Preempted.exit_code)
                 os._exit(Preempted.exit_code)
     os.close(inlet)
 

@@ -153,3 +153,10 @@ def test_probe_when_the_profile_names_a_deepspeed_json_then_reads_that(tmp_path:
     here = probe()
     assert (here.strategy, here.offloads, here.launcher_precision) == ("zero2", True, "bf16")
     assert (here.launcher_accumulation, here.launcher_clipping) == (4, 0.5)
+
+
+@pytest.mark.parametrize(("torch", "name"), [("2.8.0", "TORCH_NCCL_TRACE_BUFFER_SIZE"), ("2.11.0+cu130", "TORCH_FR_BUFFER_SIZE")])
+def test_flight_recorder_when_several_gpus_work_then_is_on_by_the_names_that_this_torch_reads(torch: str, name: str) -> None:
+    environment = plan(group(2, 2, versions={"torch": torch})).process.environment
+    assert {one for one in environment if one.endswith("BUFFER_SIZE")} == {name}
+    assert not [one for one in plan(group(1, 1, is_launched=False)).process.environment if one.startswith("TORCH_")]

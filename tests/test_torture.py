@@ -14,7 +14,6 @@ from tests.conftest import ROOT
 from tests.torture.cells import BF16_CELLS, CELLS, ENGINE_CELLS, Cell
 
 RESUMED = "tests/test_torture.py::test_cell_when_killed_at_random_places_then_goes_on_bitwise"
-RESUMED_DDP = "tests/test_torture.py::test_ddp_cell_when_killed_at_random_places_then_goes_on_bitwise"
 
 
 def tortured(*words: str, timeout_s: int) -> str:
@@ -40,21 +39,11 @@ def in_matrix(cell: Cell) -> support.Cell:
     return support.Cell(flags["adapter_name"], "nf4" if "load_4bit" in flags else "none", engine, False, "packing" in flags)
 
 
-def goes_on(cell: support.Cell, folder: Path) -> bool:
-    (name,) = [one.name for one in (*CELLS, *ENGINE_CELLS) if in_matrix(one) == cell]
-    return kills(tortured("--kills=3", "--seed=1", f"--folder={folder}", "--cells", name, timeout_s=500)) >= 3
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", support.cells_of(RESUMED), ids=str)
 def test_cell_when_killed_at_random_places_then_goes_on_bitwise(cell: support.Cell, tmp_path: Path) -> None:
-    assert goes_on(cell, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", support.cells_of(RESUMED_DDP), ids=str)
-def test_ddp_cell_when_killed_at_random_places_then_goes_on_bitwise(cell: support.Cell, tmp_path: Path) -> None:
-    assert goes_on(cell, tmp_path)
+    (name,) = [one.name for one in (*CELLS, *ENGINE_CELLS) if in_matrix(one) == cell]
+    assert kills(tortured("--kills=3", "--seed=1", f"--folder={tmp_path}", "--cells", name, timeout_s=500)) >= 3
 
 
 @pytest.mark.slow

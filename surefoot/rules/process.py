@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from surefoot.rules.desk import Choice, Desk
 
+FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE")  # collectives that are kept, and where they are written
+OLDER_FLIGHT_RECORDER = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # of which torch 2.9 and later warn
+
 
 def environment(desk: Desk) -> Choice:
     """Variables for programs that read them: W&B, mlflow and trackio take their project there, cuBLAS its workspace."""
@@ -17,9 +20,10 @@ def environment(desk: Desk) -> Choice:
     if not c.wandb_online:
         env["WANDB_MODE"] = "offline"
     if desk.machine.gpus and desk.machine.world_size > 1:  # NCCL's flight recorder: the last collectives, written when one times out
-        env["TORCH_NCCL_TRACE_BUFFER_SIZE"] = "2000"
+        size, file = FLIGHT_RECORDER if _numbers(desk.machine.versions.get("torch", "")) >= (2, 9) else OLDER_FLIGHT_RECORDER
+        env[size] = "2000"
+        env[file] = f"{c.output_dir}/heartbeats/nccl-of-rank-"
         env["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
-        env["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = f"{c.output_dir}/heartbeats/nccl-of-rank-"
     if desk.machine.engine == "deepspeed":  # its 0.19 reads a checkpoint's files as whole pickles, which may run code
         env["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     if c.deterministic:

@@ -72,7 +72,9 @@ def attempt(cell: Cell, argv: list[str], blow: Blow | None, folder: Path) -> lis
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment(cell.profile)  # asked once, before any fork
-    children = [_fork(cell, argv, rank, blow, folder, port) for rank in range(cell.processes)]
+    errors = Path(tempfile.mkdtemp(dir=folder), "rank", "error.json")  # torchrun makes such a folder for each start
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_ERROR_FILE": str(errors)}
+    children = [_fork(cell, argv, rank, blow, folder, meeting) for rank in range(cell.processes)]
     codes: dict[int, int] = {}
     deadline, told = time.monotonic() + LIMIT_S, False
     while len(codes) < len(children):
@@ -89,7 +91,7 @@ def attempt(cell: Cell, argv: list[str], blow: Blow | None, folder: Path) -> lis
     return [codes[child] for child in children]
 
 
-def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Path, port: int) -> int:
+def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Path, meeting: dict[str, str]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -101,7 +103,7 @@ def _fork(cell: Cell, argv: list[str], rank: int, blow: Blow | None, folder: Pat
         if cell.processes > 1:
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cell.processes), "LOCAL_WORLD_SIZE": str(cell.processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment(cell.profile),
+                **meeting, **environment(cell.profile),
             }  # fmt: skip
         code = run(argv, rank, blow, folder / f"rows-of-rank-{rank}.jsonl")
     except SystemExit as left:

@@ -23,12 +23,15 @@ from surefoot.signals import ECHO_S, STOP_FILE, STOPS
 
 def main(words: list[str]) -> int:
     """The exit code of the run: 75 where a process was preempted, else the first failed process's own, 128 + N where signal N ended it."""
+    with tempfile.TemporaryDirectory(prefix="surefoot-stop-") as folder:
+        return _launch(words, Path(os.environ.get(STOP_FILE) or Path(folder) / "stop"))
+
+
+def _launch(words: list[str], file: Path) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    given = os.environ.get(STOP_FILE)
-    file = Path(given) if given else Path(tempfile.mkdtemp(prefix="surefoot-stop-")) / "stop"
     os.environ[STOP_FILE] = str(file)
     asked = _pass_on_signals(file)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torchrun's own handlers would replace those made here
@@ -45,6 +48,8 @@ def main(words: list[str]) -> int:
         print(f"surefoot.launcher: --main_process_port: {str(error).splitlines()[0]}", file=sys.stderr)
         return BackendError.exit_code
     finally:
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)  # nothing is left that could be stopped
         file.unlink(missing_ok=True)  # obeyed; it must not stop the next start
     return 0
 

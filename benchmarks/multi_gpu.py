@@ -5,9 +5,9 @@ python benchmarks/multi_gpu.py --out=FILE --processes=2 --tiny                  
 
 DoRA on Llama-3.1-8B's shape with random weights, 4 rows of 2,048 tokens a GPU and step, no accumulation. Every run is finetune.py under
 profiles/ENGINE.yaml as a user starts it, once with the fused layers and once with PEFT's (--fused_adapters=False --fused_loss=False), read
-from its own metrics.jsonl: tokens of a step over the median seconds a step behind --warmup, read every four steps. `ratio` is to the same
-layers and stage on one GPU. --out is written after every run; the next call, also with other --processes, --engines, --stages or --rounds,
-runs what is missing.
+from its own metrics.jsonl: tokens of a step over the median seconds a step behind --warmup, read every four steps. `single` is one such run
+on every GPU at the same time, since GPUs differ (each_gpu) and share a host; `ratio` is to its mean, at the same layers and stage. --out is
+written after every run; the next call, also with other --processes, --engines, --stages or --rounds, runs what is missing.
 Needs deepspeed: DS_BUILD_OPS=0 pip install deepspeed.
 """
 
@@ -21,6 +21,8 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +80,7 @@ def _case(run: dict[str, Any]) -> Case:
 
 def _cases(processes: int, engines: Any, layers: Any, stages: Any, rounds: int) -> list[Case]:
     return [
-        Case(engine, 1 if engine == "single" else processes, kind, int(stage), number)
+        Case(engine, processes, kind, int(stage), number)
         for number in range(1, rounds + 1)
         for stage in _names(stages)
         for kind in _names(layers)
@@ -92,27 +94,50 @@ def _names(given: Any) -> list[str]:
 
 
 def _run(setting: Setting, case: Case) -> dict[str, Any]:
-    """One launch: its speed, memory and what ran, or its error."""
-    work = Work(method="dora").tiny() if setting.tiny else Work(method="dora")
-    model, rows = inputs(setting, work, case.processes)
-    folder = setting.work / "multi"
+    """One launch, or one on each GPU: its speed, memory and what ran, or its error."""
+    given, env = inputs(setting, _work(setting), case.processes), _env(setting, case.processes)
+    launch = partial(_launch, setting, case._replace(processes=1) if case.engine == "single" else case, given, env)
+    began, now = time.perf_counter(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    gpus = _gpus(setting, case.processes)
+    with ThreadPoolExecutor(case.processes) as pool:
+        each = list(pool.map(launch, gpus if case.engine == "single" else [",".join(gpus)], range(case.processes)))
+    row = {
+        **case._asdict(),
+        "date": now,
+        "wall_s": round(time.perf_counter() - began, 1),
+        **next((one for one in each if "error" in one), each[0]),
+    }
+    if "error" in row or case.engine != "single":
+        return row
+    rates = [one["tokens_per_s"] for one in each]
+    mean = {"tokens_per_s": round(sum(rates), 1), "tokens_per_s_per_gpu": round(statistics.mean(rates), 1)}
+    return row | mean | {"each_gpu": rates}
+
+
+def _launch(setting: Setting, case: Case, given: tuple[Path, Path], env: dict[str, str], gpus: str, copy: int) -> dict[str, Any]:
+    """finetune.py under the engine's profile on `gpus` (names with commas between them)."""
+    work, (model, rows) = _work(setting), given
+    folder = setting.work / f"multi_{copy}"
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"profiles/{PROFILES[case.engine]}.yaml")]
     command += [] if case.engine == "single" else ["--num_processes", str(case.processes), "--main_process_port", "0"]
     command += [str(ROOT / "finetune.py"), f"--base_model={model}", f"--data_path={rows / 'rows.jsonl'}", f"--output_dir={folder}"]
     words = [word for word in flags_of(work, case.stage) if not word.startswith("--batch_size=")]
     words += [f"--batch_size={work.rows * case.processes}", f"--max_steps={setting.steps}", *LAYERS[case.layers], *setting.ours_flags]
-    began = time.perf_counter()
-    code, output = _finished([*command, *words], _env(setting, case), setting.run_limit_s)
-    row = {**case._asdict(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    row |= {"wall_s": round(time.perf_counter() - began, 1), "flags": words}
+    code, output = _finished([*command, *words], env | {"CUDA_VISIBLE_DEVICES": gpus.strip(",")}, setting.run_limit_s)
     if code != 0:
-        return row | {"error": last_error(output.partition("torch/distributed/elastic")[0], code)}  # behind it the launcher's own words
+        return {"flags": words, "error": last_error(output.partition("torch/distributed/elastic")[0], code)}  # behind it the launcher's own
     record = json.loads((folder / "run.json").read_text())
     found = figures(ours(folder), setting.warmup)
-    row |= {"engine_live": record["summary"]["engine"], "attention": record["plan"]["model"]["attn_implementation"]}
-    row |= {"compiled": record["plan"]["model"]["enable_torch_compile"], "fused": record["plan"]["model"]["fused_adapters"]}
-    return row | found | {"tokens_per_s_per_gpu": round(found["tokens_per_s"] / case.processes, 1)}
+    return {
+        "flags": words,
+        "engine_live": record["summary"]["engine"],
+        "attention": record["plan"]["model"]["attn_implementation"],
+        "compiled": record["plan"]["model"]["enable_torch_compile"],
+        "fused": record["plan"]["model"]["fused_adapters"],
+        **found,
+        "tokens_per_s_per_gpu": round(found["tokens_per_s"] / case.processes, 1),
+    }
 
 
 def _finished(command: list[str], env: dict[str, str], limit_s: float) -> tuple[int, str]:
@@ -127,20 +152,27 @@ def _finished(command: list[str], env: dict[str, str], limit_s: float) -> tuple[
     return launcher.returncode, output
 
 
-def _env(setting: Setting, case: Case) -> dict[str, str]:
-    """As many GPUs as processes, and threads for what is done on the host: accelerate would leave each process one."""
+def _gpus(setting: Setting, processes: int) -> list[str]:
+    """The first of those that are visible; on a CPU as many that are not there."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [name for name in (visible or "").split(",") if name] if visible is not None else [str(index) for index in range(64)]
+    names = [name for name in (visible or "").split(",") if name] if visible is not None else [str(index) for index in range(64)]
+    return [""] * processes if setting.tiny else names[:processes]
+
+
+def _env(setting: Setting, processes: int) -> dict[str, str]:
+    """Threads for what is done on the host: accelerate would leave each process one."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    env |= {} if setting.tiny else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // case.processes))}
-    return env | {"CUDA_VISIBLE_DEVICES": "" if setting.tiny else ",".join(gpus[: case.processes])}
+    return env | ({} if setting.tiny else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))})
+
+
+def _work(setting: Setting) -> Work:
+    return Work(method="dora").tiny() if setting.tiny else Work(method="dora")
 
 
 def _write(out: str, setting: Setting, runs: list[dict[str, Any]]) -> None:
     """The JSON: machine and versions, of each kind of run the median with its ratio, and the runs."""
-    work = Work(method="dora").tiny() if setting.tiny else Work(method="dora")
     result = {
-        "work": f"{work.label()} a GPU and step, {setting.steps} steps, the first {setting.warmup} left out",
+        "work": f"{_work(setting).label()} a GPU and step, {setting.steps} steps, the first {setting.warmup} left out",
         "environment": environment(setting, is_peer=False),
         "medians": medians(runs),
         "runs": runs,
@@ -150,7 +182,7 @@ def _write(out: str, setting: Setting, runs: list[dict[str, Any]]) -> None:
 
 
 def medians(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each engine, number of processes, layers and stage: tokens/s and GPU, the ratio to one GPU, and peak memory of rank 0."""
+    """Of each engine, number of processes, layers and stage: tokens/s and GPU, the ratio to single, and peak memory of rank 0."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for kind in dict.fromkeys((one["engine"], one["processes"], one["layers"], one["stage"]) for one in runs):
         mine = [one for one in runs if (one["engine"], one["processes"], one["layers"], one["stage"]) == kind and "error" not in one]
@@ -161,8 +193,8 @@ def medians(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "tokens_per_s_per_gpu": statistics.median(one["tokens_per_s_per_gpu"] for one in mine),
                 "peak_memory_gib": statistics.median(one["peak_memory_gib"] for one in mine),
             }
-    for (_, _, layers, stage), row in found.items():
-        alone = found.get(("single", 1, layers, stage))
+    for (_, processes, layers, stage), row in found.items():
+        alone = found.get(("single", processes, layers, stage))
         row["ratio"] = round(row["tokens_per_s_per_gpu"] / alone["tokens_per_s_per_gpu"], 4) if alone else None
     return list(found.values())
 

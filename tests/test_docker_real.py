@@ -45,9 +45,12 @@ def test_image_when_built_then_is_labelled_listed_and_without_root(engine: Path,
     (image,) = json.loads(docker(engine, "image", "inspect", f"surefoot:stage{stage}").stdout)
     assert image["Config"]["User"] == "1000:1000"
     assert image["Config"]["Labels"]["org.opencontainers.image.title"] == f"surefoot stage {stage}"
-    assert "LD_LIBRARY_PATH=" in image["Config"]["Env"]
-    script = 'cat /surefoot/sbom.cdx.json; dpkg-query -W -f "\\${Package}\n" >&2'
+    assert "LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in image["Config"]["Env"]
+    compiled = "/surefoot/.venv/lib/python3.11/site-packages/transformers/__pycache__/__init__.cpython-311.pyc"
+    script = f'cat /surefoot/sbom.cdx.json; dpkg-query -W -f "\\${{Package}}\n" >&2; test -f {compiled}'
     shown = docker(engine, "run", "--rm", "--entrypoint", "sh", f"surefoot:stage{stage}", "-c", script)
+    assert shown.returncode == 0
+    assert {"libibverbs1", "ibverbs-providers"} <= set(shown.stderr.split())
     components = [(part["name"], part["purl"]) for part in json.loads(shown.stdout)["components"]]
     assert {"transformers", "torch"} <= {name for name, _ in components}
     assert {name for name, url in components if url.startswith("pkg:deb/")} == set(shown.stderr.split())

@@ -40,6 +40,11 @@ def launch(*words: object, cwd: Path, path: str = os.environ["PATH"], **variable
         (["k8s", "--image", "i", "--name", "My_Run", "--", "--base_model", "m"], "--name='My_Run' must be"),
         (["k8s", "--", "--base_model", "m"], "--image is missing: k8s pulls it from a registry"),
         (["sky", "--image", "i", "--", "--base_model", "m"], "--bucket is missing: its name is taken for the whole world"),
+        (["local", "--gpus", "2", "--base_model", "m"], "-- is missing before --base_model: first the world and its options, then --"),
+        (["slurm", "--partition", "gpu", "--", "--base_model", "m"], "sbatch's own are set as SBATCH_PARTITION, SBATCH_ACCOUNT and the like"),
+        (["slurm", "--time", "tomorrow", "--", "--base_model", "m"], "--time='tomorrow' must be MINUTES, HOURS:MINUTES:SECONDS"),
+        (["k8s", "--image", "my registry/i", "--", "--base_model", "m"], "--image='my registry/i' must not hold blanks"),
+        (["sky", "--image", "i", "--bucket", "My_Bucket", "--", "--base_model", "m"], "--bucket='My_Bucket' must be 3 to 63 lower-case letters"),
         (["slurm", "--container", "pyxis", "--", "--base_model", "m"], "--container needs --image under slurm"),
         (["slurm", "--image", "i", "--", "--base_model", "m"], "--image needs --container under slurm"),
         (["slurm", "--profile", "cpu", "--gpus", "2", "--", "--base_model", "m"], "--profile=cpu starts one process, not 1 x 2"),
@@ -48,7 +53,10 @@ def launch(*words: object, cwd: Path, path: str = os.environ["PATH"], **variable
         (["slurm", "--", *FLAGS_OF_A_RUN, "--lora_rr", "4"], "--lora_rr is not a flag. Did you mean --lora_r?"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--overwrite"], "--overwrite under slurm would remove the run's own checkpoints"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--grace_s", "9"], "--grace_s after -- is not what slurm would keep to"),
-        (["docker", "--", *FLAGS_OF_A_RUN], f"--data_path={TRAIN_ROWS} is not in the container, which has this folder, CACHE and MOUNTS"),
+        (["docker", "--", *FLAGS_OF_A_RUN], f"--data_path={TRAIN_ROWS} are not in the container, which has this folder and MOUNTS. "
+         f"Set MOUNTS={SMALL_MODEL.parent}:{TRAIN_ROWS.parent}\n"),
+        (["slurm", "--container", "pyxis", "--image", "i", "--", *FLAGS_OF_A_RUN, "--output_dir", "/tmp/o"], "/tmp/o is not in the container"),
+        (["slurm", "--container", "apptainer", "--image", "no.sif", "--", *FLAGS_OF_A_RUN], "--image=no.sif does not exist. Make it with: apptainer pull no.sif"),
         (["k8s", "--image", "i", "--", *FLAGS_ON_A_VOLUME, "--output_dir", "/tmp/out"], "--output_dir=/tmp/out is not below /runs"),
         (["k8s", "--image", "i", "--", "--config", str(ROOT / "configs/run_bnb.yaml")], "run_bnb.yaml is a file of this machine"),
         (["docker", "--", "--config", str(ROOT / "configs/run_bnb.yaml")], f"Set MOUNTS={ROOT}/configs"),
@@ -62,6 +70,23 @@ def test_command_when_wrong_then_one_message_and_exit_2(words: list[str], said: 
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_help_when_asked_for_after_the_world_then_is_shown(tmp_path: Path) -> None:
+    done = launch("slurm", "--gpus", 2, "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--container" in done.stdout
+
+
+def test_option_when_unknown_then_its_value_is_not_another_problem(tmp_path: Path) -> None:
+    done = launch("slurm", "--partition", "gpu", "--", *FLAGS_OF_A_RUN, cwd=tmp_path)
+    assert done.stderr.count("is no option of surefoot.launch") == 1
+
+
+def test_mount_when_it_does_not_exist_then_is_refused_before_anything_is_shown(tmp_path: Path) -> None:
+    done = launch("docker", "--", *FLAGS_OF_A_RUN, cwd=tmp_path, MOUNTS=f"{ROOT}:/no/such")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "surefoot.launch: MOUNTS: /no/such does not exist\n"
 
 
 def test_files_when_the_world_has_its_own_then_are_not_looked_for_here() -> None:
@@ -149,12 +174,19 @@ def test_docker_script_when_its_variables_are_wrong_then_starts_nothing(variable
     assert said in done.stderr
 
 
-def test_docker_script_when_the_image_is_missing_then_names_the_command(tmp_path: Path) -> None:
-    (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("Error response from daemon: No such image: surefoot:stage2", "the image surefoot:stage2 is not here. Use docker/build.sh stage2"),
+        ("permission denied while trying to connect to the docker API", "docker does not answer: permission denied while trying"),
+    ],
+)
+def test_docker_script_when_the_image_cannot_be_seen_then_says_why(answer: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text(f"#!/bin/sh\necho '{answer}' >&2\nexit 1\n")
     (tmp_path / "docker").chmod(0o755)
     done = script("launch/docker.sh", tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", STAGE="2")
     assert done.returncode == 2
-    assert "the image surefoot:stage2 is not here. Use docker/build.sh stage2" in done.stderr
+    assert f"docker.sh: {said}" in done.stderr
 
 
 def test_batch_script_when_overwrite_is_given_then_ends_before_it_starts_anything(tmp_path: Path) -> None:

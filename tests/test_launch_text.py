@@ -109,8 +109,10 @@ def test_docker_script_when_run_then_the_container_gets_every_word(seed: int, tm
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_batch_script_when_run_then_every_node_gets_every_word(seed: int, tmp_path: Path) -> None:
-    launching.recorder(tmp_path, "python")
+@pytest.mark.parametrize("container", ["", "apptainer"])
+def test_batch_script_when_run_then_every_node_gets_every_word(container: str, seed: int, tmp_path: Path) -> None:
+    program = container or "python"
+    launching.recorder(tmp_path, program)
     (tmp_path / "srun").write_text('#!/bin/sh\nexport SLURM_NODEID=0\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n')
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1\n")
     for stub in ("srun", "scontrol"):
@@ -122,7 +124,12 @@ def test_batch_script_when_run_then_every_node_gets_every_word(seed: int, tmp_pa
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_JOB_NODELIST": "n1",
         "SUREFOOT": str(ROOT),
+        "CONTAINER": container,
+        "IMAGE": "an image.sif",
+        "MOUNTS": f"{ROOT / 'tests'}:{ROOT}",
     }
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PROFILE": "single"}
     subprocess.run([ROOT / "launch/slurm.sbatch", *flags], check=True, env=environment, cwd=tmp_path)
-    assert launching.recorded(tmp_path, "python") == [str(ROOT / "finetune.py"), *flags]
+    mounts = ",".join(f"{folder}:{folder}" for folder in (tmp_path, ROOT, ROOT / "tests"))
+    inside = ["exec", "--nv", "--bind", mounts, "an image.sif", "/surefoot/docker/entrypoint.sh"]
+    assert launching.recorded(tmp_path, program) == [*(inside if container else [str(ROOT / "finetune.py")]), *flags]

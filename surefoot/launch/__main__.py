@@ -90,7 +90,8 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    before = argv[: argv.index("--")] if "--" in argv else argv
+    if not argv or argv[0] == "help" or {"-h", "--help"} & set(before):
         print(help_text())
         return 0
     try:

@@ -48,6 +48,9 @@ def launch(*words: object, cwd: Path, path: str = os.environ["PATH"], **variable
         (["slurm", "--container", "pyxis", "--", "--base_model", "m"], "--container needs --image under slurm"),
         (["slurm", "--image", "i", "--", "--base_model", "m"], "--image needs --container under slurm"),
         (["slurm", "--profile", "cpu", "--gpus", "2", "--", "--base_model", "m"], "--profile=cpu starts one process, not 1 x 2"),
+        (["local", "--submit=false", "--", "--base_model", "m"], "--submit takes no value: leave it away to submit nothing"),
+        (["docker", "--stage", "2", "--", "--base_model", "m", "--stage=3"], "--stage=3 after -- is not the image's, --stage=2. Give it before --, for both"),
+        (["local", "--", "--help"], "`python finetune.py --help` shows its flags"),
         (["local", "--nodes", "0", "--", "--base_model", "m"], "--nodes=0 must be a whole number from 1 on"),
         (["local", "--gpus", "--", "--base_model", "m"], "--gpus needs a value"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--lora_rr", "4"], "--lora_rr is not a flag. Did you mean --lora_r?"),
@@ -60,7 +63,7 @@ def launch(*words: object, cwd: Path, path: str = os.environ["PATH"], **variable
         (["k8s", "--image", "i", "--", *FLAGS_ON_A_VOLUME, "--output_dir", "/tmp/out"], "--output_dir=/tmp/out is not below /runs"),
         (["k8s", "--image", "i", "--", "--config", str(ROOT / "configs/run_bnb.yaml")], "run_bnb.yaml is a file of this machine"),
         (["docker", "--", "--config", str(ROOT / "configs/run_bnb.yaml")], f"Set MOUNTS={ROOT}/configs"),
-        (["sky", "--image", "i", "--bucket", "b", "--", *FLAGS_ON_A_VOLUME, "--data_path", "../d.json"], "--data_path=../d.json is not below /runs"),
+        (["sky", "--image", "i", "--bucket", "runs", "--", *FLAGS_ON_A_VOLUME, "--data_path", "../d.json"], "--data_path=../d.json is not below /runs"),
         (["slurm", "--nodes", "3", "--", *FLAGS_OF_A_RUN, "--batch_size", "128"], "--batch_size=128 cannot be split"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--data_path", "none.jsonl"], "none.jsonl does not exist"),
     ],
@@ -117,7 +120,7 @@ def test_answer_when_nothing_is_submitted_then_takes_a_second_at_most(tmp_path: 
 
 @pytest.mark.parametrize(("world", "client"), [("slurm", "sbatch"), ("k8s", "kubectl"), ("sky", "sky"), ("docker", "docker")])
 def test_submit_when_there_is_no_client_then_says_so(world: str, client: str, tmp_path: Path) -> None:
-    options = {"k8s": ["--image", "i"], "sky": ["--image", "i", "--bucket", "b"]}.get(world, [])
+    options = {"k8s": ["--image", "i"], "sky": ["--image", "i", "--bucket", "runs"]}.get(world, [])
     flags = FLAGS_ON_A_VOLUME if options else FLAGS_OF_A_RUN
     done = launch(world, *options, "--submit", "--", *flags, cwd=tmp_path, path=str(tmp_path), MOUNTS=str(ROOT))
     assert done.returncode == 2
@@ -208,7 +211,7 @@ def test_recipe_when_launch_is_set_then_goes_through_the_launcher(tmp_path: Path
 def test_every_recipe_when_launched_in_any_world_then_is_accepted(tmp_path: Path) -> None:
     recipes = [file for file in sorted((ROOT / "examples").glob("*.sh")) if file.name != "commonsense.sh"]
     assert len(recipes) >= 4
-    for recipe, world in zip(recipes, ("local", "docker", "slurm", "sky --image i --bucket b"), strict=False):
+    for recipe, world in zip(recipes, ("local", "docker", "slurm", "sky --image i --bucket runs"), strict=False):
         data, out = ("rows.json", "out") if world.startswith("sky") else (str(TRAIN_ROWS), str(tmp_path / "out"))
         changes = {"LAUNCH": world, "PYTHON": sys.executable, "DATA_PATH": data, "MOUNTS": str(ROOT)}
         command = ["sh", str(recipe), "8", "16", out, "0"]

@@ -95,6 +95,7 @@ def parse(argv: Sequence[str]) -> Ask:
             del words[: int(word.startswith("-") and not equals and bool(words) and not words[0].startswith("-"))]  # its value
         elif name == "submit":
             values[name] = True
+            problems += ["--submit takes no value: leave it away to submit nothing"] if equals else []
         elif not equals and (not words or words[0].startswith("--")):
             problems.append(f"--{name} needs a value")
         else:

@@ -35,6 +35,8 @@ def check(ask: Ask) -> Plan:
     values = _values(ask.flags)
     if "config" in values and ask.world in ELSEWHERE:
         raise UsageError(f"--config={values['config']} is a file of this machine, which {ask.world} would not find. Give its flags instead")
+    if ask.image and str(values.get("stage", ask.stage)) != str(ask.stage):
+        raise UsageError(f"--stage={values['stage']} after -- is not the image's, --stage={ask.stage}. Give it before --, for both")
     config = cli.parse(values)
     here = _machine(ask)
     if hidden := list(_hidden(ask, config, values.get("config"))):
@@ -60,6 +62,7 @@ def _hidden(ask: Ask, config: Config, file: str | None) -> Iterator[str]:
             yield f"{_are(unseen)} not below {RUNS}, which is all that {ask.world} keeps and every node sees. Put it there"
     elif ask.world == "docker" or ask.container:
         mounts = [folder for folder in re.split("[:\n]", os.environ.get("MOUNTS", "")) if folder]
+        yield from (f"MOUNTS: {folder} must be an absolute path" for folder in mounts if not folder.startswith("/"))
         yield from (f"MOUNTS: {folder} does not exist" for folder in mounts if not os.path.exists(folder))
         if unseen := _outside([*_mounted(ask, os.environ), *mounts], config, file):
             wanted = shlex.quote(":".join(dict.fromkeys([*mounts, *unseen.values()])))

@@ -92,7 +92,8 @@ def parse(argv: Sequence[str]) -> Ask:
         name, (_, equals, text) = _flag(word), word.partition("=")
         if not word.startswith("--") or name not in OPTIONS or world not in OPTIONS[name].metadata["worlds"]:
             problems.append(_unknown(word, name, world))
-            del words[: int(word.startswith("-") and not equals and bool(words) and not words[0].startswith("-"))]  # its value
+            if word.startswith("-") and not equals and words and not words[0].startswith("-"):
+                words.pop(0)  # its value
         elif name == "submit":
             values[name] = True
             problems += ["--submit takes no value: leave it away to submit nothing"] if equals else []

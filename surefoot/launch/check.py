@@ -65,7 +65,7 @@ def _hidden(ask: Ask, config: Config, file: str | None) -> Iterator[str]:
         yield from (f"MOUNTS: {folder} must be an absolute path" for folder in mounts if not folder.startswith("/"))
         yield from (f"MOUNTS: {folder} does not exist" for folder in mounts if not os.path.exists(folder))
         if unseen := _outside([*_mounted(ask, os.environ), *mounts], config, file):
-            wanted = shlex.quote(":".join(dict.fromkeys([*mounts, *unseen.values()])))
+            wanted = shlex.quote(":".join(dict.fromkeys([*filter(os.path.exists, mounts), *unseen.values()])))
             yield f"{_are(unseen)} not in the container, which has this folder and MOUNTS. Set MOUNTS={wanted}"
 
 

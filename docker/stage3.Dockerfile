@@ -6,7 +6,7 @@ ARG BASE=nvidia/cuda:13.0.2-devel-ubuntu22.04@sha256:1c517d4fb96528c8999e14e6e6b
 FROM ${BASE} AS build
 ARG PYTHON=3.11.18
 ARG LOCK=docker/stage3.lock
-ENV UV_PYTHON_INSTALL_DIR=/surefoot/python UV_LINK_MODE=copy
+ENV UV_PYTHON_INSTALL_DIR=/surefoot/python UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 COPY docker/system.sh /surefoot/docker/
 RUN /surefoot/docker/system.sh build
 COPY docker/stack.sh docker/uv.lock /surefoot/docker/
@@ -19,8 +19,9 @@ RUN /surefoot/docker/system.sh run && useradd --uid 1000 --home-dir /home/surefo
 COPY --from=build /surefoot /surefoot
 COPY . /surefoot
 RUN /surefoot/.venv/bin/python /surefoot/docker/sbom.py >/surefoot/sbom.cdx.json
-# LD_LIBRARY_PATH: empty, so that nothing shadows the wheel's libraries. USER: torch asks for a name, and --user gives a bare number.
-ENV PATH=/surefoot/.venv/bin:${PATH} LD_LIBRARY_PATH= HOME=/home/surefoot USER=surefoot
+# LD_LIBRARY_PATH: the driver's folder on Google's Kubernetes, and nothing that could shadow the wheel's libraries.
+# USER: torch asks for a name, and --user gives a bare number.
+ENV PATH=/surefoot/.venv/bin:${PATH} LD_LIBRARY_PATH=/usr/local/nvidia/lib64 HOME=/home/surefoot USER=surefoot
 USER 1000:1000
 WORKDIR /home/surefoot
 ENTRYPOINT ["/surefoot/docker/entrypoint.sh"]

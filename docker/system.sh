@@ -4,8 +4,9 @@ set -eu
 export DEBIAN_FRONTEND=noninteractive
 case $1 in
   build) set -- ca-certificates python3 python3-venv ;;
-  # a C compiler: Triton and torch.compile build their launchers at run time
-  run) set -- ca-certificates gcc g++ libc6-dev ;;
+  # a C compiler: Triton and torch.compile build their launchers at run time; libibverbs: without it NCCL goes over Ethernet, and says so
+  # only under NCCL_DEBUG=INFO (the bases have none: NVIDIA/nvidia-container-toolkit#1877)
+  run) set -- ca-certificates gcc g++ libc6-dev libibverbs1 ibverbs-providers ;;
 esac
 apt-get update
 apt-get install -y --no-install-recommends "$@"

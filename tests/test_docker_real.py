@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -45,9 +46,12 @@ def test_image_when_built_then_is_labelled_listed_and_without_root(engine: Path,
     (image,) = json.loads(docker(engine, "image", "inspect", f"surefoot:stage{stage}").stdout)
     assert image["Config"]["User"] == "1000:1000"
     assert image["Config"]["Labels"]["org.opencontainers.image.title"] == f"surefoot stage {stage}"
-    assert "LD_LIBRARY_PATH=" in image["Config"]["Env"]
-    script = 'cat /surefoot/sbom.cdx.json; dpkg-query -W -f "\\${Package}\n" >&2'
+    assert "LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in image["Config"]["Env"]
+    compiled = "/surefoot/.venv/lib/python3.11/site-packages/transformers/__pycache__/__init__.cpython-311.pyc"
+    script = f'cat /surefoot/sbom.cdx.json; dpkg-query -W -f "\\${{Package}}\n" >&2; test -f {compiled}'
     shown = docker(engine, "run", "--rm", "--entrypoint", "sh", f"surefoot:stage{stage}", "-c", script)
+    assert shown.returncode == 0
+    assert {"libibverbs1", "ibverbs-providers"} <= set(shown.stderr.split())
     components = [(part["name"], part["purl"]) for part in json.loads(shown.stdout)["components"]]
     assert {"transformers", "torch"} <= {name for name, _ in components}
     assert {name for name, url in components if url.startswith("pkg:deb/")} == set(shown.stderr.split())
@@ -66,6 +70,31 @@ def test_image_when_another_stack_is_pinned_then_nothing_starts_unless_told(engi
     assert refused.returncode == 5
     assert "cuDNN is not loaded, pinned is 9.1.0.70" in refused.stderr
     assert docker(engine, *other, "--no_check", "--help").returncode == 0
+
+
+def test_image_when_the_hosts_python_comes_along_then_keeps_to_its_own(engine: Path) -> None:
+    hosts = ("--env", "PYTHON=/no/python", "--env", "PYTHONPATH=/no/packages")
+    done = docker(engine, "run", "--rm", *hosts, "surefoot:stage1", "--no_check", "--help")
+    assert done.returncode == 0, done.stderr
+
+
+def test_script_when_started_by_a_plain_user_then_writes_where_the_users_groups_may(engine: Path) -> None:
+    user, group = 12345, 4242
+    with TemporaryDirectory() as folder:  # pytest's own are for root alone
+        home, shared = Path(folder, "home"), Path(folder, "shared")
+        for place, owner, mode in ((Path(folder), 0, 0o755), (home, user, 0o755), (shared, 0, 0o2770)):
+            place.mkdir(exist_ok=True)
+            os.chown(place, owner, group)
+            place.chmod(mode)
+        (home / "write.py").write_text(f"open('{shared}/written', 'w')")
+        engine.chmod(0o755)
+        os.chown(engine / "docker.sock", 0, group)
+        command = ["setpriv", f"--reuid={user}", f"--regid={user}", f"--groups={group}", SCRIPT, "--no_check", home / "write.py"]
+        variables = environment(engine, GPUS="0", HOME=str(home), CACHE=str(home), MOUNTS=str(shared))
+        done = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        made = (shared / "written").stat()
+    assert (made.st_uid, made.st_gid) == (user, group)
 
 
 def test_demo_when_run_in_the_image_then_learns(engine: Path, tmp_path: Path) -> None:

@@ -185,5 +185,6 @@ def test_check_when_this_machine_is_not_the_image_then_fails_with_5(tmp_path: Pa
 def test_sbom_when_made_then_lists_what_is_installed() -> None:
     made = json.loads(subprocess.run([sys.executable, ROOT / "docker/sbom.py"], capture_output=True, text=True, check=True).stdout)
     assert (made["bomFormat"], made["specVersion"]) == ("CycloneDX", "1.6")
-    assert {"transformers", "peft"} <= {component["name"] for component in made["components"]}
-    assert all(component["purl"].startswith(("pkg:pypi/", "pkg:deb/")) for component in made["components"])
+    assert {"cpython", "transformers", "peft"} <= {component["name"] for component in made["components"]}
+    form = re.compile(r"pkg:(generic/cpython|pypi/[^@]+|deb/[a-z]+/[^@]+)@[\w.%~-]+(\?distro=[\w.-]+)?")
+    assert [component["purl"] for component in made["components"] if not form.fullmatch(component["purl"])] == []

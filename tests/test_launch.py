@@ -40,19 +40,30 @@ def launch(*words: object, cwd: Path, path: str = os.environ["PATH"], **variable
         (["k8s", "--image", "i", "--name", "My_Run", "--", "--base_model", "m"], "--name='My_Run' must be"),
         (["k8s", "--", "--base_model", "m"], "--image is missing: k8s pulls it from a registry"),
         (["sky", "--image", "i", "--", "--base_model", "m"], "--bucket is missing: its name is taken for the whole world"),
+        (["local", "--gpus", "2", "--base_model", "m"], "-- is missing before --base_model: first the world and its options, then --"),
+        (["slurm", "--partition", "gpu", "--", "--base_model", "m"], "sbatch's own are set as SBATCH_PARTITION, SBATCH_ACCOUNT and the like"),
+        (["slurm", "--time", "tomorrow", "--", "--base_model", "m"], "--time='tomorrow' must be MINUTES, HOURS:MINUTES:SECONDS"),
+        (["k8s", "--image", "my registry/i", "--", "--base_model", "m"], "--image='my registry/i' must not hold blanks"),
+        (["sky", "--image", "i", "--bucket", "My_Bucket", "--", "--base_model", "m"], "--bucket='My_Bucket' must be 3 to 63 lower-case letters"),
         (["slurm", "--container", "pyxis", "--", "--base_model", "m"], "--container needs --image under slurm"),
         (["slurm", "--image", "i", "--", "--base_model", "m"], "--image needs --container under slurm"),
         (["slurm", "--profile", "cpu", "--gpus", "2", "--", "--base_model", "m"], "--profile=cpu starts one process, not 1 x 2"),
+        (["local", "--submit=false", "--", "--base_model", "m"], "--submit takes no value: leave it away to submit nothing"),
+        (["docker", "--stage", "2", "--", "--base_model", "m", "--stage=3"], "--stage=3 after -- is not the image's, --stage=2. Give it before --, for both"),
+        (["local", "--", "--help"], "`python finetune.py --help` shows its flags"),
         (["local", "--nodes", "0", "--", "--base_model", "m"], "--nodes=0 must be a whole number from 1 on"),
         (["local", "--gpus", "--", "--base_model", "m"], "--gpus needs a value"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--lora_rr", "4"], "--lora_rr is not a flag. Did you mean --lora_r?"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--overwrite"], "--overwrite under slurm would remove the run's own checkpoints"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--grace_s", "9"], "--grace_s after -- is not what slurm would keep to"),
-        (["docker", "--", *FLAGS_OF_A_RUN], f"--data_path={TRAIN_ROWS} is not in the container, which has this folder, CACHE and MOUNTS"),
+        (["docker", "--", *FLAGS_OF_A_RUN], f"--data_path={TRAIN_ROWS} are not in the container, which has this folder and MOUNTS. "
+         f"Set MOUNTS={SMALL_MODEL.parent}:{TRAIN_ROWS.parent}\n"),
+        (["slurm", "--container", "pyxis", "--image", "i", "--", *FLAGS_OF_A_RUN, "--output_dir", "/tmp/o"], "/tmp/o is not in the container"),
+        (["slurm", "--container", "apptainer", "--image", "no.sif", "--", *FLAGS_OF_A_RUN], "--image=no.sif does not exist. Make it with: apptainer pull no.sif"),
         (["k8s", "--image", "i", "--", *FLAGS_ON_A_VOLUME, "--output_dir", "/tmp/out"], "--output_dir=/tmp/out is not below /runs"),
         (["k8s", "--image", "i", "--", "--config", str(ROOT / "configs/run_bnb.yaml")], "run_bnb.yaml is a file of this machine"),
         (["docker", "--", "--config", str(ROOT / "configs/run_bnb.yaml")], f"Set MOUNTS={ROOT}/configs"),
-        (["sky", "--image", "i", "--bucket", "b", "--", *FLAGS_ON_A_VOLUME, "--data_path", "../d.json"], "--data_path=../d.json is not below /runs"),
+        (["sky", "--image", "i", "--bucket", "runs", "--", *FLAGS_ON_A_VOLUME, "--data_path", "../d.json"], "--data_path=../d.json is not below /runs"),
         (["slurm", "--nodes", "3", "--", *FLAGS_OF_A_RUN, "--batch_size", "128"], "--batch_size=128 cannot be split"),
         (["slurm", "--", *FLAGS_OF_A_RUN, "--data_path", "none.jsonl"], "none.jsonl does not exist"),
     ],
@@ -62,6 +73,23 @@ def test_command_when_wrong_then_one_message_and_exit_2(words: list[str], said: 
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_help_when_asked_for_after_the_world_then_is_shown(tmp_path: Path) -> None:
+    done = launch("slurm", "--gpus", 2, "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--container" in done.stdout
+
+
+def test_option_when_unknown_then_its_value_is_not_another_problem(tmp_path: Path) -> None:
+    done = launch("slurm", "--partition", "gpu", "--", *FLAGS_OF_A_RUN, cwd=tmp_path)
+    assert done.stderr.count("is no option of surefoot.launch") == 1
+
+
+def test_mount_when_it_does_not_exist_then_is_refused_before_anything_is_shown(tmp_path: Path) -> None:
+    done = launch("docker", "--", *FLAGS_OF_A_RUN, cwd=tmp_path, MOUNTS=f"{ROOT}:/no/such")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "surefoot.launch: MOUNTS: /no/such does not exist\n"
 
 
 def test_files_when_the_world_has_its_own_then_are_not_looked_for_here() -> None:
@@ -92,7 +120,7 @@ def test_answer_when_nothing_is_submitted_then_takes_a_second_at_most(tmp_path: 
 
 @pytest.mark.parametrize(("world", "client"), [("slurm", "sbatch"), ("k8s", "kubectl"), ("sky", "sky"), ("docker", "docker")])
 def test_submit_when_there_is_no_client_then_says_so(world: str, client: str, tmp_path: Path) -> None:
-    options = {"k8s": ["--image", "i"], "sky": ["--image", "i", "--bucket", "b"]}.get(world, [])
+    options = {"k8s": ["--image", "i"], "sky": ["--image", "i", "--bucket", "runs"]}.get(world, [])
     flags = FLAGS_ON_A_VOLUME if options else FLAGS_OF_A_RUN
     done = launch(world, *options, "--submit", "--", *flags, cwd=tmp_path, path=str(tmp_path), MOUNTS=str(ROOT))
     assert done.returncode == 2
@@ -149,12 +177,19 @@ def test_docker_script_when_its_variables_are_wrong_then_starts_nothing(variable
     assert said in done.stderr
 
 
-def test_docker_script_when_the_image_is_missing_then_names_the_command(tmp_path: Path) -> None:
-    (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("Error response from daemon: No such image: surefoot:stage2", "the image surefoot:stage2 is not here. Use docker/build.sh stage2"),
+        ("permission denied while trying to connect to the docker API", "docker does not answer: permission denied while trying"),
+    ],
+)
+def test_docker_script_when_the_image_cannot_be_seen_then_says_why(answer: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text(f"#!/bin/sh\necho '{answer}' >&2\nexit 1\n")
     (tmp_path / "docker").chmod(0o755)
     done = script("launch/docker.sh", tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", STAGE="2")
     assert done.returncode == 2
-    assert "the image surefoot:stage2 is not here. Use docker/build.sh stage2" in done.stderr
+    assert f"docker.sh: {said}" in done.stderr
 
 
 def test_batch_script_when_overwrite_is_given_then_ends_before_it_starts_anything(tmp_path: Path) -> None:
@@ -176,7 +211,7 @@ def test_recipe_when_launch_is_set_then_goes_through_the_launcher(tmp_path: Path
 def test_every_recipe_when_launched_in_any_world_then_is_accepted(tmp_path: Path) -> None:
     recipes = [file for file in sorted((ROOT / "examples").glob("*.sh")) if file.name != "commonsense.sh"]
     assert len(recipes) >= 4
-    for recipe, world in zip(recipes, ("local", "docker", "slurm", "sky --image i --bucket b"), strict=False):
+    for recipe, world in zip(recipes, ("local", "docker", "slurm", "sky --image i --bucket runs"), strict=False):
         data, out = ("rows.json", "out") if world.startswith("sky") else (str(TRAIN_ROWS), str(tmp_path / "out"))
         changes = {"LAUNCH": world, "PYTHON": sys.executable, "DATA_PATH": data, "MOUNTS": str(ROOT)}
         command = ["sh", str(recipe), "8", "16", out, "0"]

@@ -108,21 +108,37 @@ def test_docker_script_when_run_then_the_container_gets_every_word(seed: int, tm
     assert f"{ROOT}:{ROOT}" in got
 
 
+def batch(folder: Path, flags: list[str], **variables: str) -> None:
+    """launch/slurm.sbatch as the first node runs it, under the programs in `folder`."""
+    (folder / "scontrol").write_text("#!/bin/sh\necho n1\n")
+    (folder / "scontrol").chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
+    environment = {**os.environ, **slurm, "SUREFOOT": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}", "PROFILE": "single", "HF_HOME": "", **variables}
+    subprocess.run([ROOT / "launch/slurm.sbatch", *flags], check=True, env=environment, cwd=folder)
+
+
+def bound(*folders: Path) -> str:
+    return ",".join(f"{folder}:{folder}" for folder in folders)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-def test_batch_script_when_run_then_every_node_gets_every_word(seed: int, tmp_path: Path) -> None:
-    launching.recorder(tmp_path, "python")
+@pytest.mark.parametrize("container", ["", "apptainer"])
+def test_batch_script_when_run_then_every_node_gets_every_word(container: str, seed: int, tmp_path: Path) -> None:
+    program = container or "python"
+    launching.recorder(tmp_path, program)
     (tmp_path / "srun").write_text('#!/bin/sh\nexport SLURM_NODEID=0\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n')
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1\n")
-    for stub in ("srun", "scontrol"):
-        (tmp_path / stub).chmod(0o755)
+    (tmp_path / "srun").chmod(0o755)
     flags = launching.words(seed)
-    slurm = {
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_JOB_NODELIST": "n1",
-        "SUREFOOT": str(ROOT),
-    }
-    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PROFILE": "single"}
-    subprocess.run([ROOT / "launch/slurm.sbatch", *flags], check=True, env=environment, cwd=tmp_path)
-    assert launching.recorded(tmp_path, "python") == [str(ROOT / "finetune.py"), *flags]
+    batch(tmp_path, flags, CONTAINER=container, IMAGE="an image.sif", MOUNTS=f"{ROOT / 'tests'}:{ROOT}")
+    inside = ["exec", "--nv", "--bind", bound(tmp_path, ROOT, ROOT / "tests"), "an image.sif", "/surefoot/docker/entrypoint.sh"]
+    assert launching.recorded(tmp_path, program) == [*(inside if container else [str(ROOT / "finetune.py")]), *flags]
+
+
+def test_batch_script_when_under_pyxis_then_srun_starts_the_image_with_its_mounts(tmp_path: Path) -> None:
+    launching.recorder(tmp_path, "srun")
+    flags = launching.words(0)
+    batch(tmp_path, flags, CONTAINER="pyxis", IMAGE="registry#surefoot:stage1", MOUNTS=str(ROOT / "tests"))
+    got = launching.recorded(tmp_path, "srun")
+    assert got[got.index("--container-image") + 1] == "registry#surefoot:stage1"
+    assert got[got.index("--container-mounts") + 1] == bound(tmp_path, ROOT, ROOT / "tests")
+    assert got[-len(flags) - 1 :] == ["/surefoot/docker/entrypoint.sh", *flags]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from surefoot.launch import manifests
 from tests import real
 from tests.conftest import ROOT
 
@@ -47,6 +48,10 @@ def start(hosts: tuple[str, str], flags: list[str]) -> list[Node]:
     ]  # fmt: skip
 
 
+def processes(host: str) -> list[int]:
+    return [int(word) for word in subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True).stdout.split()]
+
+
 def ends(nodes: list[Node]) -> list[int]:
     output = [node.communicate(timeout=150)[0] for node in nodes]
     print("\n".join(text[-2000:] for text in output))
@@ -63,3 +68,12 @@ def test_two_nodes_when_one_is_told_to_stop_then_both_end_with_75_and_go_on_exac
     assert real.steps_done(stopped) < real.STEPS
     assert ends(start(hosts, [*real.flags(stopped), "--resume"])) == [0, 0]
     real.assert_same_run(stopped, left_alone)
+
+
+def test_two_nodes_when_one_is_lost_then_the_other_ends_with_a_code_that_is_tried_again(hosts: tuple[str, str], tmp_path: Path) -> None:
+    nodes = start(hosts, real.flags(tmp_path / "run", max_steps=1000))
+    real.wait_for(lambda: real.steps_done(tmp_path / "run") >= 3, "three steps")
+    for process in processes(hosts[1]):
+        os.kill(process, signal.SIGKILL)
+    survivor, _ = ends(nodes)
+    assert survivor not in {0, *manifests.MISTAKES}

@@ -32,6 +32,8 @@ def completed(ask: Ask) -> Ask:
         UsageError: --overwrite where the command may be started again; --grace_s where the world has to know it too.
     """
     names = {word[2:].partition("=")[0].replace("-", "_") for word in ask.flags if word.startswith("--")}
+    if "help" in names:
+        raise UsageError("--help after -- is finetune.py's: `python finetune.py --help` shows its flags")
     if "overwrite" in names and ask.world in (*RESTARTED, "slurm"):
         raise UsageError(
             f"--overwrite under {ask.world} would remove the run's own checkpoints when it is started again. Choose a new --output_dir"
@@ -90,7 +92,8 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    before = argv[: argv.index("--")] if "--" in argv else argv
+    if not argv or argv[0] == "help" or {"-h", "--help"} & set(before):
         print(help_text())
         return 0
     try:

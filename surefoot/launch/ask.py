@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surefoot.config import FLAGS
 from surefoot.errors import UsageError, joined
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -17,7 +18,15 @@ WORLDS = ("local", "docker", "slurm", "k8s", "sky")
 KINDS = ("job", "jobset", "trainjob")
 CONTAINERS = ("apptainer", "pyxis")
 ALONE = ("single", "cpu")  # profiles of one process
-NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a DNS label that leaves room for Kubernetes' suffixes
+LABEL = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", "must be 1 to 40 lower-case letters, digits and hyphens, a letter first"
+FORMS = {  # what a text must be; a name leaves room for Kubernetes' suffixes in a DNS label
+    "name": LABEL,
+    "claim": LABEL,
+    "image": (r"\S+", "must not hold blanks: give REGISTRY/NAME:TAG"),
+    "bucket": (r"[a-z0-9][-.a-z0-9]{1,61}[a-z0-9]", "must be 3 to 63 lower-case letters, digits, hyphens and dots"),
+    "accelerator": (r"[\w.-]+", "must be a GPU model as SkyPilot writes it, such as H100 or A100-80GB"),
+    "time": (r"(\d+-)?\d+(:\d+){0,2}|(?i:unlimited|infinite)", "must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]"),
+}
 
 
 def _option(default: Any, doc: str, worlds: Sequence[str] = WORLDS) -> Any:
@@ -74,25 +83,33 @@ def parse(argv: Sequence[str]) -> Ask:
     world, words = (before[0], list(before[1:])) if before else ("", [])
     if world not in WORLDS:
         raise UsageError(f"{world or 'no world'!r} is no world. Use {', '.join(WORLDS)}")
+    if not after and (moved := [word for word in words if _flag(word) in FLAGS and _flag(word) not in OPTIONS]):
+        raise UsageError(f"-- is missing before {moved[0]}: first the world and its options, then --, then the flags of finetune.py")
     problems = [] if after else ["no flags for finetune.py: give them after --, as in `-- --base_model M --data_path F --output_dir O`"]
     values: dict[str, Any] = {}
     while words:
         word = words.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
+        name, (_, equals, text) = _flag(word), word.partition("=")
         if not word.startswith("--") or name not in OPTIONS or world not in OPTIONS[name].metadata["worlds"]:
             problems.append(_unknown(word, name, world))
+            if word.startswith("-") and not equals and words and not words[0].startswith("-"):
+                words.pop(0)  # its value
         elif name == "submit":
             values[name] = True
+            problems += ["--submit takes no value: leave it away to submit nothing"] if equals else []
         elif not equals and (not words or words[0].startswith("--")):
             problems.append(f"--{name} needs a value")
         else:
             values[name] = text if equals else words.pop(0)
-    problems += _wrong(values)
+    problems += _wrong(world, values)
     problems += _missing(world, values)
     if problems:
         raise UsageError(joined(problems))
     return settled(Ask(world=world, flags=tuple(after), **values))
+
+
+def _flag(word: str) -> str:
+    return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 def settled(ask: Ask) -> Ask:
@@ -118,7 +135,8 @@ def _unknown(word: str, name: str, world: str) -> str:
         return f"--{name} means nothing under {world}. There: {', '.join(f'--{option}' for option in here)}"
     close = difflib.get_close_matches(name, here, n=1)
     hint = f"Did you mean --{close[0]}?" if close else f"Options are {', '.join(f'--{option}' for option in here)}."
-    return f"{word} is no option of surefoot.launch. {hint} Flags of finetune.py come after --"
+    others = "sbatch's own are set as SBATCH_PARTITION, SBATCH_ACCOUNT and the like; flags" if world == "slurm" else "Flags"
+    return f"{word} is no option of surefoot.launch. {hint} {others} of finetune.py come after --"
 
 
 def _missing(world: str, values: dict[str, Any]) -> list[str]:
@@ -136,7 +154,7 @@ def _missing(world: str, values: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _wrong(values: dict[str, Any]) -> list[str]:
+def _wrong(world: str, values: dict[str, Any]) -> list[str]:
     """Turns the numbers of `values` into int; what cannot be, and what is not among the valid values."""
     problems = []
     for name, lowest in (("nodes", 1), ("gpus", 0), ("stage", 1), ("grace_s", 1), ("cpus", 1), ("memory", 1)):
@@ -149,7 +167,8 @@ def _wrong(values: dict[str, Any]) -> list[str]:
     for name, choices in valid.items():
         if name in values and values[name] not in choices:
             problems.append(f"--{name}={values[name]} is none of {', '.join(map(str, choices))}")
-    for name in ("name", "claim"):
-        if name in values and not NAME.fullmatch(values[name]):
-            problems.append(f"--{name}={values[name]!r} must be 1 to 40 lower-case letters, digits and hyphens, a letter first")
+    for name, (form, rule) in FORMS.items():
+        is_file = name == "image" and world == "slurm"
+        if name in values and not is_file and not re.fullmatch(form, values[name]):
+            problems.append(f"--{name}={values[name]!r} {rule}")
     return problems

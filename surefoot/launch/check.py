@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def check(ask: Ask) -> Plan:
     values = _values(ask.flags)
     if "config" in values and ask.world in ELSEWHERE:
         raise UsageError(f"--config={values['config']} is a file of this machine, which {ask.world} would not find. Give its flags instead")
+    if ask.image and str(values.get("stage", ask.stage)) != str(ask.stage):
+        raise UsageError(f"--stage={values['stage']} after -- is not the image's, --stage={ask.stage}. Give it before --, for both")
     config = cli.parse(values)
     here = _machine(ask)
     if hidden := list(_hidden(ask, config, values.get("config"))):
@@ -51,28 +54,43 @@ def _values(flags: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _hidden(ask: Ask, config: Config, file: str | None) -> Iterator[str]:
-    """What is said of each path that the run would not find, or would not find again, where it runs."""
-    if ask.world not in ("docker", *ELSEWHERE):
-        return
-    seen = _mounted(os.environ) if ask.world == "docker" else [RUNS]
+    """What is said of the image, and of paths that the run would not find, or would not find again, where it runs."""
+    if ask.container == "apptainer" and "://" not in str(ask.image) and not os.path.exists(str(ask.image)):
+        yield f"--image={ask.image} does not exist. Make it with: apptainer pull {ask.image} docker://REGISTRY/surefoot:stage{ask.stage}"
+    if ask.world in ELSEWHERE:
+        if unseen := _outside([RUNS], config, file):
+            yield f"{_are(unseen)} not below {RUNS}, which is all that {ask.world} keeps and every node sees. Put it there"
+    elif ask.world == "docker" or ask.container:
+        mounts = [folder for folder in re.split("[:\n]", os.environ.get("MOUNTS", "")) if folder]
+        yield from (f"MOUNTS: {folder} must be an absolute path" for folder in mounts if not folder.startswith("/"))
+        yield from (f"MOUNTS: {folder} does not exist" for folder in mounts if not os.path.exists(folder))
+        if unseen := _outside([*_mounted(ask, os.environ), *mounts], config, file):
+            wanted = shlex.quote(":".join(dict.fromkeys([*filter(os.path.exists, mounts), *unseen.values()])))
+            yield f"{_are(unseen)} not in the container, which has this folder and MOUNTS. Set MOUNTS={wanted}"
+
+
+def _outside(seen: Sequence[str], config: Config, file: str | None) -> dict[str, str]:
+    """Each `--flag=path` outside the folders that the run sees, the first of which it works in, to the folder that holds it."""
     files = [("data_path", path) for path in config.data_path] + [("val_data_path", path) for path in config.val_data_path or ()]
     named = [("config", file), ("base_model", config.base_model), ("local_dir", config.local_dir), ("prompt_style", config.prompt_style)]
+    found = {}
     for flag, path in [*named, *files, ("resume_from_checkpoint", config.checkpoint), ("output_dir", config.output_dir)]:
         place = Path(os.path.normpath(os.path.join(seen[0], path or "")))
-        if any(place.is_relative_to(folder) for folder in seen):
-            continue
-        if ask.world == "docker":
-            yield f"--{flag}={path} is not in the container, which has this folder, CACHE and MOUNTS. Set MOUNTS={place.parent}"
-        else:
-            yield f"--{flag}={path} is not below {RUNS}, which is all that {ask.world} keeps and every node sees. Put it there"
+        if not any(place.is_relative_to(folder) for folder in seen):
+            found[f"--{flag}={path}"] = str(place.parent)
+    return found
 
 
-def _mounted(env: Mapping[str, str]) -> list[str]:
-    """docker.sh's folders, the working folder first; PWD is its name where it was entered through a link."""
+def _are(flags: Collection[str]) -> str:
+    return f"{', '.join(flags)} {'is' if len(flags) == 1 else 'are'}"
+
+
+def _mounted(ask: Ask, env: Mapping[str, str]) -> list[str]:
+    """What docker.sh and slurm.sbatch mount beside MOUNTS, first the working folder, and its name where it was entered through a link."""
     linked = env.get("PWD", "")
     here = [os.getcwd(), *([linked] if linked and os.path.exists(linked) and os.path.samefile(linked, os.getcwd()) else [])]
-    cache = env.get("CACHE") or str(Path.home() / ".cache")
-    return [*here, cache, *(folder for folder in [env.get("HF_HOME", ""), *env.get("MOUNTS", "").split("\n")] if folder.startswith("/"))]
+    own = str(ROOT) if ask.container else env.get("CACHE") or str(Path.home() / ".cache")
+    return [*here, own, *filter(None, [env.get("HF_HOME")])]
 
 
 def _unseen(config: Config) -> Inputs:

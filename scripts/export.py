@@ -25,8 +25,8 @@ USAGE = f"""\
 Formats:
   bf16, fp16, fp32  merged safetensors, as scripts/merge.py writes them (with --adapter)
   bnb-4bit          bitsandbytes NF4; it rounds the merged weights, so that it is not what was trained to the digit
-  gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0  for llama.cpp and Ollama: Llama, Mistral, Qwen2 and Qwen3 with a byte-level BPE tokenizer; for
-                    others and for rope scaling other than Llama 3's give --converter
+  gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0  for llama.cpp and Ollama: Llama, Mistral, Qwen2 and Qwen3 with a byte-level BPE tokenizer
+                    (--converter for others, and for rope scaling other than Llama 3's)
 Beside the weights: parity.json, surefoot_meta.json, SERVING.md with the vLLM and Ollama commands, Modelfile.
 K-quants (q4_k_m and others): export gguf-f16, then llama.cpp's llama-quantize; no parity is measured for them.
 DoRA adapters cannot be served unmerged by vLLM or llama.cpp: their LoRA loaders know no magnitude vector.

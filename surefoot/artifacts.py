@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surefoot.config import PROMPT_STYLES
-from surefoot.errors import BackendError, DataError, Preempted, SurefootError
+from surefoot.errors import BackendError, DataError, Preempted, SurefootError, UsageError
 from surefoot.json_file import read_json, write_json
 from surefoot.plan import Plan
 from surefoot.plan_text import as_record
@@ -69,11 +69,15 @@ def opened(plan: Plan, kernels: Sequence[str] = ()) -> Iterator[RunFolder]:
 
     Args:
         kernels: those that really run, for backend.json.
+
+    Raises:
+        UsageError: the folder cannot be made or written, which rights alone do not tell (a full quota, a mount that is not there).
     """
     path = Path(plan.output.folder)
     folder = RunFolder(path=path, is_main=plan.machine.is_main, resumes=plan.output.resume_from is not None)
     if folder.is_main:
-        _begin(plan, folder, kernels)
+        with _writing(path):
+            _begin(plan, folder, kernels)
     if folder.resumes:
         folder.record = _continued(read_json(path / "run.json"), plan.output.resume_from)
     folder.note(status="running", **({} if folder.resumes else {"started": _now()}), plan=as_record(plan), code=code_state())
@@ -99,8 +103,17 @@ def vacant(plan: Plan) -> Path | None:
     path = Path(plan.output.folder)
     if not plan.machine.is_main or (path / "run.json").exists():
         return None
-    path.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
+        path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--output_dir={path} cannot be written: {error.strerror}. Give a folder with room and rights") from error
 
 
 def _begin(plan: Plan, folder: RunFolder, kernels: Sequence[str]) -> None:

@@ -71,7 +71,7 @@ class Config:
     audit: str = _flag(
         "fail",
         "data",
-        "what too many lost or sick rows do: fail ends the run before the model is loaded (exit 3)",
+        "what too many lost or sick rows do: fail ends the run before the model is loaded (exit 3), warn goes on",
         choices=("fail", "warn"),
     )
     data_cache: bool = _flag(True, "data", "keep the tokenised rows for the next run, in SUREFOOT_CACHE or ~/.cache/surefoot")
@@ -115,7 +115,7 @@ class Config:
     use_gradient_checkpointing: bool | str = _flag(
         "auto",
         "precision and speed",
-        "recompute activations: True all layers, False none, auto and selective as few as fit the GPU (selective at least one)",
+        "recompute activations: True all layers, False none, auto as few as fit the GPU, selective at least one, unsloth its own way",
         choices=("auto", "selective", "unsloth"),
     )
     deterministic: bool = _flag(False, "precision and speed", "deterministic kernels only; slower")

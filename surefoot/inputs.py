@@ -163,7 +163,8 @@ def _check_checkpoint(flag: str, folder: Path, problems: list[str]) -> None:
         return
     state = _json(folder / "trainer_state.json")
     if state is None:
-        problems.append(f"--{flag}={folder} is not a checkpoint: it has no trainer_state.json")
+        what = "is not a checkpoint: it has no trainer_state.json" if folder.exists() else f"does not exist (looked in {Path.cwd()})"
+        problems.append(f"--{flag}={folder} {what}. --resume takes the newest one of --output_dir by itself")
     elif not isinstance(state, dict):
         problems.append(f"--{flag}={folder}: trainer_state.json is damaged ({state}). Take an earlier checkpoint (remove this one)")
     for file in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):

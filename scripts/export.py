@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is no
 
 from surefoot import script  # noqa: E402
 from surefoot.errors import UsageError, joined  # noqa: E402
+from surefoot.export import FORMS  # noqa: E402
 from surefoot.script import flag  # noqa: E402
 
 MERGED = ("bf16", "fp16", "fp32")
@@ -51,7 +52,7 @@ class Flags:
 
 def run(flags: Flags) -> None:
     """Exports, and says what a push to the Hub would send, or sends it."""
-    from surefoot.export import formats, hub, source, story
+    from surefoot.export import hub, source
 
     _check(flags)
     form, prompts, say = flags.format, flags.prompts, partial(print, flush=True)
@@ -59,6 +60,8 @@ def run(flags: Flags) -> None:
         hub.check(flags.push_to_hub)
     where = Path(flags.out or f"{(flags.adapter or flags.model).rstrip('/')}/{form}") if form else Path(flags.model)
     found = source.read(flags.adapter, flags.base_model, flags.onto) if flags.adapter else None
+    from surefoot.export import formats, story  # torch: after the flags are known to be good
+
     if found and form in MERGED:
         story.merge_adapter(found, story.Job(where, form, flags.overwrite, flags.parity, prompts, 4 << 30), say)
     elif form:
@@ -72,13 +75,11 @@ def run(flags: Flags) -> None:
 
 
 def _check(flags: Flags) -> None:
-    from surefoot.export import formats
-
     adapter, model, form = flags.adapter, flags.model, flags.format
     problems = []
     if bool(adapter) == bool(model):
         problems.append("give one of --adapter and --model")
-    known = (*MERGED, *formats.FORMS)
+    known = (*MERGED, *FORMS)
     if form and form not in known:
         hint = "; K-quants are made from gguf-f16 by llama.cpp's llama-quantize" if "q4" in form or "_k" in form else ""
         problems.append(f"--format={form} must be one of {', '.join(known)}{hint}")

@@ -79,3 +79,29 @@ def test_output_dir_when_the_system_refuses_it_then_is_one_message(finetune, row
     assert done.returncode == 2
     assert done.stderr.startswith("finetune.py: --output_dir=/proc/surefoot-run cannot be written: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words_", "says"),
+    [
+        ("--config_file nowhere.yaml finetune.py", "--config_file=nowhere.yaml does not exist"),
+        ("--config_file profiles/single.yaml --num_processes 2 finetune.py", "--num_processes=2: profiles/single.yaml starts one process"),
+        ("--config_file profiles/cpu.yaml --num_processes two finetune.py", "invalid int value: 'two'"),
+    ],
+)
+def test_launcher_when_its_words_are_wrong_then_says_so_in_one_message(words_: str, says: str) -> None:
+    done = shown("-m", "surefoot.launcher", *words_.split())
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("command", ["infer.py", "merge.py --adapter nowhere", "export.py --adapter nowhere --format gguf", "export.py"])
+def test_script_when_its_flags_are_wrong_then_answers_before_torch(command: str) -> None:
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as left: print(left.code, 'torch' in sys.modules)"
+    )
+    done = shown("-c", code, *f"scripts/{command}".split())
+    assert done.stdout == "2 False\n", done.stderr

@@ -82,6 +82,10 @@ def parse(argv: Sequence[str]) -> Ask:
         name = name.replace("-", "_")
         if not word.startswith("--") or name not in OPTIONS or world not in OPTIONS[name].metadata["worlds"]:
             problems.append(_unknown(word, name, world))
+            if not after:
+                break  # the rest is finetune.py's, without the -- before it
+            if word.startswith("--") and not equals and words and not words[0].startswith("--"):
+                words.pop(0)
         elif name == "submit":
             values[name] = True
         elif not equals and (not words or words[0].startswith("--")):

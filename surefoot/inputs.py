@@ -77,19 +77,33 @@ def inspect(config: Config) -> Inputs:
 
 
 def with_hub_config(found: Inputs, revision: str | None) -> Inputs:
-    """`found` with config.json and commit of a Hub model; as it was for a folder, or where the Hub cannot give them: loading says why."""
+    """`found` with config.json and commit of a Hub model, or with the problem that there is none; as it was for a folder.
+
+    Where the Hub has the model but no config.json it is as it was too: loading says why.
+    """
     if found.model_config is not None or found.problems:
         return found
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         path = hf_hub_download(found.model_path, "config.json", revision=revision)
+    except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:  # now: transformers would ask again for every file, 24 s each
+        return dataclasses.replace(found, problems=(no_model(found.model_path, error),))
     except (HfHubHTTPError, OSError, ValueError):
         return found
     content = _json(Path(path))
     commit = Path(path).parent.name  # the Hub's cache keeps files under snapshots/COMMIT
     return dataclasses.replace(found, model_config=content, commit=commit) if isinstance(content, dict) else found
+
+
+def no_model(path: str, error: Exception) -> str:
+    """The problem that neither this machine nor the Hub has it."""
+    first = str(error).strip().splitlines()[0]
+    return (
+        f"--base_model={path}: no such folder here, and the Hub could not give it ({first}). Check the name, "
+        "log in for a gated model (hf auth login), or download it first and give the folder"
+    )
 
 
 def _looks_local(path: str) -> bool:

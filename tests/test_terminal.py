@@ -68,10 +68,10 @@ def test_run_when_its_first_step_is_slow_then_says_how_far_it_is(
     import finetune
 
     monkeypatch.setattr(metrics, "PATIENCE_S", 0.0)
-    flags = quick(data_path=rows, output_dir=tmp_path / "run", max_steps=1, batch_size=8, per_device_train_batch_size=2, val_set_size=0)
+    flags = quick(data_path=rows, output_dir=tmp_path / "run", max_steps=2, warmup_steps=0, per_device_train_batch_size=2, val_set_size=0)
     monkeypatch.setattr(sys, "argv", ["finetune.py", *words(flags)])
     assert finetune.main() == 0
-    assert "step 0/1, pass 1 of 4 of the next: 1 s so far" in capsys.readouterr().out
+    assert "step 0/2, pass 1 of 4 of the next: 1 s so far" in capsys.readouterr().out
 
 
 def test_output_dir_when_the_system_refuses_it_then_is_one_message(finetune, rows: Path) -> None:  # type: ignore[no-untyped-def]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from surefoot import checkpoint
 from surefoot.config import PROMPT_STYLES
 from surefoot.errors import BackendError, DataError, Preempted, SurefootError, UsageError
 from surefoot.json_file import read_json, write_json
@@ -25,6 +28,7 @@ OURS = (
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
     "checkpoint-*", "runs", PROMPT, "evaluation.json", "evaluation.jsonl",
 )  # fmt: skip
+LOCK, PATIENCE_S = ".lock", 30.0  # the file whose flock a run holds; how long one may take to die after a kill
 REASONED = ("backend", "precision", "quantization", "attn_implementation", "sdpa_kernels", "use_gradient_checkpointing", "fused_adapters")
 
 
@@ -71,18 +75,29 @@ def opened(plan: Plan, kernels: Sequence[str] = ()) -> Iterator[RunFolder]:
         kernels: those that really run, for backend.json.
 
     Raises:
-        UsageError: the folder cannot be made or written, which rights alone do not tell (a full quota, a mount that is not there).
+        UsageError: the folder cannot be made or written, which rights alone do not tell (a full quota, a mount that is not there),
+            or another run writes there.
     """
     path = Path(plan.output.folder)
     folder = RunFolder(path=path, is_main=plan.machine.is_main, resumes=plan.output.resume_from is not None)
-    if folder.is_main:
-        with _writing(path):
-            _begin(plan, folder, kernels)
+    with ExitStack() as held:
+        if folder.is_main:
+            with _writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_alone(path, plan.output.resume_from))
+                _begin(plan, folder, kernels)
+        with _recorded(plan, folder):
+            yield folder
+
+
+@contextmanager
+def _recorded(plan: Plan, folder: RunFolder) -> Iterator[None]:
+    path = folder.path
     if folder.resumes:
         folder.record = _continued(read_json(path / "run.json"), plan.output.resume_from)
     folder.note(status="running", **({} if folder.resumes else {"started": _now()}), plan=as_record(plan), code=code_state())
     try:
-        yield folder
+        yield
     except BaseException as error:
         reason = str(error) if isinstance(error, SurefootError) else f"{type(error).__name__}: {error}"
         code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", None)
@@ -109,6 +124,37 @@ def vacant(plan: Plan) -> Path | None:
 
 
 @contextmanager
+def _alone(path: Path, resume_from: str | None) -> Iterator[None]:
+    """Holds the folder's lock, which goes with the process, however it ends. A file system without locks is taken as it is.
+
+    Raises:
+        UsageError: another run holds it and goes on for PATIENCE_S, or has left a newer checkpoint meanwhile.
+    """
+    began = time.monotonic()
+    with (path / LOCK).open("a") as file:
+        is_free = was_free = _locked(file)
+        while not is_free and time.monotonic() - began < PATIENCE_S:
+            time.sleep(0.2)
+            is_free = _locked(file)
+        if not is_free:
+            raise UsageError(f"--output_dir={path}: another run writes there. Wait for its end, stop it, or give another folder")
+        newest = checkpoint.folders(path)[-1:]
+        if not was_free and resume_from and newest and newest[0].name != Path(resume_from).name:
+            raise UsageError(f"--output_dir={path}: the run there went on to {newest[0].name} meanwhile. Start the same command again")
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        return True
+    return True
+
+
+@contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
@@ -117,7 +163,6 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _begin(plan: Plan, folder: RunFolder, kernels: Sequence[str]) -> None:
-    folder.path.mkdir(parents=True, exist_ok=True)
     style = plan.data.prompt_style
     prompt = None if style in PROMPT_STYLES else Path(style).read_bytes()  # before the file may go with the earlier run
     if plan.output.clears_earlier_run or not folder.resumes:

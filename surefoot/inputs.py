@@ -239,7 +239,7 @@ def _run_folder(folder: Path, problems: list[str], *, looks_for_whole: bool) -> 
     if isinstance(record, dict):
         status = "finished" if record.get("status") == "done" else "unfinished"
     else:
-        status = "foreign" if any(folder.iterdir()) else "empty"
+        status = "foreign" if any(child.name != ".lock" for child in folder.iterdir()) else "empty"
     found = checkpoint.Found(tuple(checkpoint.folders(folder)), ())
     if looks_for_whole and status == "unfinished":
         found = checkpoint.newest_whole(folder)

@@ -74,13 +74,6 @@ def test_run_when_its_first_step_is_slow_then_says_how_far_it_is(
     assert "step 0/2, pass 1 of 4 of the next: 1 s so far" in capsys.readouterr().out
 
 
-def test_output_dir_when_the_system_refuses_it_then_is_one_message(finetune, rows: Path) -> None:  # type: ignore[no-untyped-def]
-    done = finetune(*words(quick(data_path=rows, output_dir="/proc/surefoot-run")))
-    assert done.returncode == 2
-    assert done.stderr.startswith("finetune.py: --output_dir=/proc/surefoot-run cannot be written: ")
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("words_", "says"),
     [

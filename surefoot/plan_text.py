@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
 from surefoot import terminal
@@ -17,7 +18,7 @@ VALUES = 14  # the column of values, with its gap; a longer value has its line t
 
 
 def table(plan: Plan, *, all_rows: bool, width: int | None = None) -> str:
-    """The plan as lines of `width` characters, by default the terminal's.
+    """The plan as lines of `width` characters, by default the terminal's. In a file notes keep their line, however long: for grep.
 
     Without all_rows, values left at their default with nothing to say are counted, not printed.
     """
@@ -33,6 +34,8 @@ def table(plan: Plan, *, all_rows: bool, width: int | None = None) -> str:
     lines += [_canary_line(plan.attention)] if plan.attention else []
     lines += _memory_lines(plan.memory, in_full=all_rows) if plan.memory else []
     lines += [f"note: {note}" for note in plan.notes]
+    if width is None and not sys.stdout.isatty():
+        return "\n".join(lines)
     return "\n".join(part for line in lines for part in terminal.wrapped(line, room))
 
 

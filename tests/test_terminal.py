@@ -41,12 +41,11 @@ def test_text_when_a_command_is_too_long_then_can_still_be_typed(monkeypatch: py
     assert all(line.endswith(" \\") for line in lines[1:-1])
 
 
-def test_plan_when_the_terminal_is_narrow_then_no_word_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def test_plan_when_the_terminal_is_narrow_then_no_word_is_cut() -> None:
     path = "/a/long/road/to/the/rows/of/an/experiment/that/has/a/name/commonsense_170k.jsonl"
     modules = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
     config = Config.parse({"base_model": "m", "data_path": path, "target_modules": modules}, file_values={"lora_r": 4})
-    text = plan_text.table(make_plan(config, machine(), inputs(), None, None), all_rows=True)
+    text = plan_text.table(make_plan(config, machine(), inputs(), None, None), all_rows=True, width=80)
     assert path in text
     assert [line for line in text.splitlines() if len(line) > 80 and path not in line] == []
     assert all(word in text.split() for word in modules)

@@ -81,8 +81,9 @@ def shown(ask: Ask) -> str:
 
 
 def help_text() -> str:
+    usage, _, meaning = str(__doc__).splitlines()[0].partition(": ")
     lines = [
-        terminal.text(str(__doc__).splitlines()[0]),
+        terminal.text(f"{usage}\n\n{meaning.capitalize()}"),
         "",
         f"worlds: {', '.join(WORLDS)}; docs/launch.md tells them apart",
         "",

@@ -23,7 +23,7 @@ from speed_works import ALPHA, CASES, CUTOFF, EVERY, RANK, SYSTEMS, TARGETS, Wor
 ROOT = Path(__file__).resolve().parent.parent
 OURS = (
     f"--lora_r={RANK} --lora_alpha={ALPHA} --lora_dropout=0 --target_modules {' '.join(TARGETS)} "
-    "--train_on_inputs --bf16=True --learning_rate=1e-4 --val_set_size=0 --audit=warn --data_cache=False "
+    "--train_on_inputs --bf16=True --learning_rate=1e-4 --lr_scheduler_type=constant --warmup_steps=0 --val_set_size=0 --audit=warn --data_cache=False "
     f"--save_strategy=no --logging_steps={EVERY} --report_to=none --overwrite"
 ).split()
 
@@ -106,7 +106,7 @@ def figures(measured: dict[str, Any], warmup: int) -> dict[str, Any]:
         "tokens_per_step": round(tokens, 1),
         "peak_memory_gib": measured["peak_memory_gib"],
         "compile_s": round(sum(count * (seconds - second) for count, _, seconds in first), 2),
-        "losses": [round(measured["losses"][index], 4) for index in (0, -1)],
+        "losses": [round(loss, 4) for loss in measured["losses"]],
         "windows": [[count, round(tokens), round(seconds, 4)] for count, tokens, seconds in windows],
     }
 

@@ -115,8 +115,9 @@ class Config:
     use_gradient_checkpointing: bool | str = _flag(
         "auto",
         "precision and speed",
-        "recompute activations: True all layers, False none, auto as few as fit the GPU, selective at least one, unsloth its own way",
-        choices=("auto", "selective", "unsloth"),
+        "recompute activations: True all layers, False none, auto as few as fit the GPU, selective at least one, "
+        "offload (unsloth means it too) all, with their inputs in host memory",
+        choices=("auto", "selective", "offload", "unsloth"),
     )
     deterministic: bool = _flag(False, "precision and speed", "deterministic kernels only; slower")
     debug: bool = _flag(False, "precision and speed", "synchronous kernels and device-side assertions; much slower")

@@ -72,6 +72,7 @@ class Job:
     fused_loss: bool
     is_ddp: bool
     recompute_layers: int = 0
+    offload_inputs: bool = False
 
     @property
     def tokens(self) -> int:

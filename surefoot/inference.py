@@ -230,7 +230,7 @@ def _model_plan(source: Source, dtype: str, *, loads_on_gpu: bool) -> ModelPlan:
         path=source.base_model, revision=source.revision, trust_remote_code=trusts, attn_implementation="sdpa",
         quantization=source.quantization, compute_dtype=dtype, frozen_dtype=dtype, loads_on_gpu=loads_on_gpu,
         cutoff_len=0, use_gradient_checkpointing=False, enable_torch_compile=False, fused_adapters=False, fused_loss=False,
-        recompute_layers=0,
+        recompute_layers=0, offload_inputs=False,
     )  # fmt: skip
 
 

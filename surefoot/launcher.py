@@ -38,12 +38,15 @@ def main(words: list[str]) -> int:
     if complaint is not None:
         print(f"surefoot.launcher: {complaint}", file=sys.stderr)
         return UsageError.exit_code
+    with tempfile.TemporaryDirectory(prefix="surefoot-stop-") as folder:
+        return _launch(words, Path(os.environ.get(STOP_FILE) or Path(folder) / "stop"))
+
+
+def _launch(words: list[str], file: Path) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    given = os.environ.get(STOP_FILE)
-    file = Path(given) if given else Path(tempfile.mkdtemp(prefix="surefoot-stop-")) / "stop"
     os.environ[STOP_FILE] = str(file)
     asked = _pass_on_signals(file)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torchrun's own handlers would replace those made here
@@ -62,6 +65,8 @@ def main(words: list[str]) -> int:
         print(f"surefoot.launcher: --main_process_port: {str(error).splitlines()[0]}", file=sys.stderr)
         return BackendError.exit_code
     finally:
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)  # nothing is left that could be stopped
         file.unlink(missing_ok=True)  # obeyed; it must not stop the next start
     return 0
 

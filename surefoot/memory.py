@@ -17,6 +17,7 @@ WEIGHT_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / 64 / 256, "int8": 1.0, "fp32": 4.0, "b
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2}  # of both moments of one parameter; otherwise fp32
 CHUNK = {True: 2**28, False: 2**26}  # logits that the chunked loss holds at once, compiled or not: ops/loss.py
 CHUNK_BYTES = {True: 6, False: 20}  # of one of these, with its gradient and the chunk's before it
+ON_THE_WAY = 3  # layer inputs that are on their way to or from host memory, when they wait there
 WORKSPACE = 0.1 * GIB  # of cuBLAS
 ROUNDING = 0.005  # of what is allocated during a step: the allocator's blocks
 
@@ -55,8 +56,14 @@ class Estimate:
         """For run.json: what was estimated for, and bytes by kind."""
         return {"job": dataclasses.asdict(self.job), "bytes": {**self.parts, "total": self.total}, "gib": round(self.gib, 3)}
 
+    @property
+    def in_host_memory(self) -> int:
+        """Bytes of layer inputs that wait in pinned host memory."""
+        job = self.job
+        return min(job.recompute_layers, self.decoder.layers) * 4 * self.decoder.hidden * job.tokens if job.offload_inputs else 0
+
     def at(self, **changed: Any) -> Estimate:
-        """The same job with other rows, length or recompute_layers."""
+        """The same job with other rows, length, recompute_layers or offload_inputs."""
         return estimate(self.decoder, dataclasses.replace(self.job, **changed))
 
 
@@ -68,7 +75,7 @@ def estimate(decoder: Decoder, job: Job) -> Estimate:
     trained = trained_parameters(decoder, job) * 4
     parts = {
         "activations": (decoder.layers - recomputed) * layer,
-        "layer_inputs": recomputed * 4 * decoder.hidden * job.tokens,
+        "layer_inputs": (min(recomputed, ON_THE_WAY) if job.offload_inputs else recomputed) * 4 * decoder.hidden * job.tokens,
         "layer_backward": backward + (layer if recomputed == decoder.layers else 0),
         "head": int(_head(decoder, job)),
     }

@@ -39,6 +39,7 @@ class ModelPlan:
     fused_adapters: bool
     fused_loss: bool
     recompute_layers: int  # the first so many decoder layers; -1: all of them
+    offload_inputs: bool  # the inputs of recomputing layers wait in host memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ HELDOUT_ROWS = ROOT / "examples/data/commonsense_heldout.jsonl"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub: a test that asks the Hub is wrong
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # CPU unless the gpu tests are asked for
-os.environ["SUREFOOT_CACHE"] = tempfile.mkdtemp(prefix="surefoot-tests-")  # tests neither read nor fill the user's cache
+CACHE = tempfile.TemporaryDirectory(prefix="surefoot-tests-")  # tests neither read nor fill the user's cache
+os.environ["SUREFOOT_CACHE"] = CACHE.name
 
 H200 = Gpu(name="NVIDIA H200", memory_gib=139.8, capability=(9, 0))
 T4 = Gpu(name="Tesla T4", memory_gib=15.0, capability=(7, 5))

@@ -21,7 +21,7 @@ PROMPT = torch.arange(20, 60).reshape(2, 20)
 def model_plan(**changes: object) -> ModelPlan:
     values: dict[str, object] = {
         "path": str(SMALL_MODEL), "revision": None, "trust_remote_code": False, "attn_implementation": "eager", "quantization": "none",
-        "compute_dtype": "fp32", "enable_torch_compile": False, "recompute_layers": 0, "cutoff_len": 256, "use_gradient_checkpointing": "auto",
+        "compute_dtype": "fp32", "enable_torch_compile": False, "recompute_layers": 0, "offload_inputs": False, "cutoff_len": 256, "use_gradient_checkpointing": "auto",
         "frozen_dtype": "fp32", "loads_on_gpu": False, "fused_adapters": False, "fused_loss": False,
     }  # fmt: skip
     return ModelPlan(**{**values, **changes})  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ FLAGS = quick(
 )  # fmt: skip
 PEFT = {"fused_adapters": False, "fused_loss": False, "bf16": False}
 SAME = 1e-4  # of the mean loss: fp32 against fp32, where only the order of sums differs, after 100 steps
-NEAR = 0.01  # of the mean loss: 16-bit products against fp32, the mean over the steps
+AS_NEAR = 1.5  # times as far from fp32 as PEFT's own bf16 curve, the mean over the steps, at most
 
 
 def curve(folder: Path, **flags: Any) -> torch.Tensor:
@@ -48,7 +48,8 @@ def test_curve_when_fused_then_is_pefts(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_curve_when_fused_compiled_and_in_bf16_then_is_near_pefts_in_fp32(method: str, tmp_path: Path) -> None:
+def test_curve_when_fused_compiled_and_in_bf16_then_is_as_near_to_fp32_as_pefts(method: str, tmp_path: Path) -> None:
     truth = curve(tmp_path / "peft", adapter_name=method, **PEFT)
     assert distance(curve(tmp_path / "fp32", adapter_name=method, bf16=False), truth)[0] < SAME
-    assert distance(curve(tmp_path / "stage3", adapter_name=method, stage=3), truth)[1] < NEAR
+    plain = distance(curve(tmp_path / "bf16", adapter_name=method, **PEFT | {"bf16": True}), truth)[1]
+    assert distance(curve(tmp_path / "stage3", adapter_name=method, stage=3), truth)[1] < AS_NEAR * plain

@@ -76,6 +76,14 @@ def test_head_loss_when_no_label_is_trained_then_is_zero_with_zero_gradient() ->
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))  # type: ignore[arg-type]
 
 
+def test_head_loss_when_in_bf16_then_its_gradient_is_rounded_once_and_its_scale_not() -> None:
+    hidden, head, labels = head_inputs(torch.bfloat16)
+    scale = torch.tensor(1 / 8191)  # 0.15 % off in bf16
+    (whole,) = torch.autograd.grad(loss.head_loss(hidden, head, labels, scale=1.0), hidden)
+    (scaled,) = torch.autograd.grad(loss.head_loss(hidden, head, labels, scale=scale), hidden)
+    assert torch.equal(scaled, (whole.float() * scale).bfloat16())
+
+
 def test_head_loss_when_under_bf16_autocast_then_is_as_near_to_fp64_as_torchs_own() -> None:
     hidden, head, labels = head_inputs(torch.float64)
     targets = labels[:, 1:].reshape(-1)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def plan(*, on: Any = ON_H200, model: Any = LLAMA_8B, **flags: object) -> Plan:
     return make_plan(Config.parse(given), on, inputs(model_config=model))
 
 
-def reason(made: Plan) -> str:
-    return next(choice.reason for choice in made.choices if choice.name == "recompute_layers")
+def reason(made: Plan, name: str = "recompute_layers") -> str:
+    return next(choice.reason for choice in made.choices if choice.name == name)
 
 
 def test_auto_when_everything_fits_then_recomputes_nothing_and_says_by_how_much() -> None:
@@ -57,6 +58,32 @@ def test_auto_when_not_everything_fits_then_recomputes_the_fewest_layers(rows: i
     assert reason(made).endswith(f"{memory.gib:.1f} with it, 139.8 GiB less 8%: {count} of 32")
 
 
+RTX_4090 = machine(gpus=(Gpu(name="NVIDIA GeForce RTX 4090", memory_gib=23.6, capability=(8, 9)),), memory_gib=64.0)
+IN_BF16 = {**LLAMA_8B, "dtype": "bfloat16"}
+
+
+def test_auto_when_every_layer_recomputes_and_it_does_not_fit_then_their_inputs_wait_in_host_memory() -> None:
+    made = plan(on=RTX_4090, model=IN_BF16, attn_implementation="sdpa")
+    assert made.memory is not None
+    assert (made.model.recompute_layers, made.model.offload_inputs) == (32, True)
+    assert made.memory.gib < 0.92 * 23.6 < made.memory.at(offload_inputs=False).gib
+    assert made.memory.in_host_memory == 32 * 4 * 2048 * 4096 * 4
+    assert "do not fit; with their inputs in host memory" in reason(made, "offload_inputs")
+    assert not [note for note in made.notes if "does not fit" in note]
+
+
+def test_auto_when_the_host_has_too_little_memory_then_nothing_waits_there() -> None:
+    made = plan(on=replace(RTX_4090, memory_gib=7.0), model=IN_BF16, attn_implementation="sdpa")
+    assert (made.model.recompute_layers, made.model.offload_inputs) == (32, False)
+    assert reason(made, "offload_inputs") == "the inputs of all layers, 4.0 GiB, are more than half of the host's memory"
+
+
+@pytest.mark.parametrize(("asked", "on_gpu", "on_cpu"), [("offload", True, False), ("unsloth", True, False), (True, False, False)])
+def test_offload_when_asked_for_then_is_done_where_there_is_a_gpu(asked: object, on_gpu: bool, on_cpu: bool) -> None:
+    made = [plan(on=on, use_gradient_checkpointing=asked) for on in (ON_H200, machine())]
+    assert [one.model.offload_inputs for one in made] == [on_gpu, on_cpu]
+
+
 def test_auto_when_nothing_fits_then_recomputes_all_and_names_the_ways_out() -> None:
     made = plan(on=L4)
     assert made.model.recompute_layers == 32
@@ -69,6 +96,7 @@ def test_auto_when_nothing_fits_then_recomputes_all_and_names_the_ways_out() -> 
     [
         ({"use_gradient_checkpointing": False, "per_device_train_batch_size": 32}, {}, 0, ""),
         ({"use_gradient_checkpointing": True}, {}, 32, "every layer"), ({"use_gradient_checkpointing": "unsloth"}, {}, 32, "every layer"),
+        ({"use_gradient_checkpointing": "offload"}, {}, 32, "every layer"),
         ({"use_gradient_checkpointing": "selective", "cutoff_len": 256}, {}, 1, ": 1 of 32"),
         ({}, {"on": machine()}, 0, "no GPU to fill: none"),
         ({"use_gradient_checkpointing": "selective"}, {"on": machine()}, 16, "no GPU to fill: half of 32"),

@@ -50,7 +50,7 @@ def _plan(folder: str, case: dict[str, Any]) -> ModelPlan:
     return ModelPlan(
         path=folder, revision=None, trust_remote_code=False, attn_implementation="sdpa", quantization=case["quantization"],
         compute_dtype=case["dtype"], frozen_dtype=case["dtype"], loads_on_gpu=True, cutoff_len=TOKENS, use_gradient_checkpointing="unsloth",
-        enable_torch_compile=False, fused_adapters=False, fused_loss=False, recompute_layers=0,
+        enable_torch_compile=False, fused_adapters=False, fused_loss=False, recompute_layers=0, offload_inputs=False,
     )  # fmt: skip
 
 

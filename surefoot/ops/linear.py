@@ -164,16 +164,16 @@ class _ScaledRows(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, raw: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:  # type: ignore[override]
         context.save_for_backward(raw, magnitude, norm)
-        return _times(raw, magnitude / norm)
+        return times(raw, magnitude / norm)
 
     @staticmethod
     def backward(context: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         raw, magnitude, norm = context.saved_tensors
         wide = torch.promote_types(dy.dtype, torch.float32)
         dm = (dy * raw).reshape(-1, raw.shape[-1]).sum(dim=0, dtype=wide) / norm
-        return _times(dy, magnitude / norm), dm.to(magnitude.dtype), None
+        return times(dy, magnitude / norm), dm.to(magnitude.dtype), None
 
 
-def _times(wide: Tensor, factor: Tensor) -> Tensor:
+def times(wide: Tensor, factor: Tensor) -> Tensor:
     """wide * factor in the wider of both dtypes, rounded once to wide's."""
     return torch.mul(wide, factor, out=torch.empty_like(wide))

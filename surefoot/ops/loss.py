@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.ops.linear import compute_dtype
+from surefoot.ops.linear import compute_dtype, times
 
 IGNORED = -100
 CHUNK = 2**28  # logits held at once: 2,093 tokens of a vocabulary of 128k, 0.5 GB in bf16; a quarter where the softmax is not compiled
@@ -87,4 +87,4 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = context.saved_tensors
-        return gradient * d_total.to(gradient.dtype), None, None, None, None
+        return times(gradient, d_total.reshape(1)), None, None, None, None

@@ -1,4 +1,4 @@
-"""How many decoder layers recompute their activations: none, all, or the fewest with which the estimate fits the GPU."""
+"""How many decoder layers recompute their activations: none, all, or as few as fit the GPU; and where their inputs wait meanwhile."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from surefoot.decoder import FAMILIES, Job, decoder_of
-from surefoot.memory import Estimate, estimate
+from surefoot.memory import GIB, Estimate, estimate
 from surefoot.rules.attention import text_model
 from surefoot.rules.desk import Choice, Desk
 
 FREE = 0.08  # of the GPU's memory: CUDA's context, fragments, and what the arithmetic misses
 EVERY_LAYER = -1  # of a model whose config.json does not say how many it has
 NAME = "use_gradient_checkpointing"
+OFFLOAD = ("offload", "unsloth")
+HOST_SHARE = 0.5  # of the host's memory, which its processes may pin for layer inputs
 
 
 def recompute(desk: Desk, values: Mapping[str, Any]) -> Iterator[Choice]:
-    """The flag as it was given, and how many layers recompute because of it. Leaves the estimate on the desk.
+    """The flag as it was given, how many layers recompute because of it, and where their inputs wait. Leaves the estimate on the desk.
 
     Args:
         values: everything decided before, by name.
@@ -26,16 +28,19 @@ def recompute(desk: Desk, values: Mapping[str, Any]) -> Iterator[Choice]:
     if values["backend"] == "unsloth":
         yield from _left_to_unsloth(desk)
         return
-    yield desk.as_given(NAME, "unsloth's recompute needs the unsloth backend; the plain one is used" if asked == "unsloth" else "")
+    yield desk.as_given(NAME, "unsloth's own needs the unsloth backend: as offload" if asked == "unsloth" else "")
     obstacle = _obstacle(desk, values)
     plain = None if obstacle else _estimate(desk, values)
     count, reason = _layers(desk, plain, obstacle)
-    yield Choice("recompute_layers", count, "auto" if asked in ("auto", "selective") else desk.config.source(NAME), reason)
+    source = "auto" if asked in ("auto", "selective") else desk.config.source(NAME)
+    yield Choice("recompute_layers", count, source, reason)
+    offloads, why = _offload(desk, None if plain is None else plain.at(recompute_layers=count))
+    yield Choice("offload_inputs", offloads, source, why)
     if plain is None:
         if desk.machine.gpus:
             desk.notes.append(f"memory was not estimated: {obstacle}")
         return
-    desk.estimate = plain.at(recompute_layers=count)
+    desk.estimate = plain.at(recompute_layers=count, offload_inputs=offloads)
     _warn(desk, desk.estimate)
 
 
@@ -47,6 +52,7 @@ def _left_to_unsloth(desk: Desk) -> Iterator[Choice]:
     else:
         yield desk.as_given(NAME, "through Unsloth")
     yield Choice("recompute_layers", 0, "auto", "left to Unsloth")
+    yield Choice("offload_inputs", False, "auto", "left to Unsloth")
     if desk.machine.gpus:
         desk.notes.append("memory was not estimated: Unsloth's layers keep other activations")
 
@@ -83,7 +89,7 @@ def _layers(desk: Desk, plain: Estimate | None, obstacle: str) -> tuple[int, str
     asked, total = getattr(desk.config, NAME), _number_of_layers(desk)
     if asked is False:
         return 0, ""
-    if asked in (True, "unsloth") or (asked == "selective" and total == EVERY_LAYER):
+    if asked in (True, *OFFLOAD) or (asked == "selective" and total == EVERY_LAYER):
         return total, "every layer"
     gpu = desk.machine.gpu
     if plain is None or gpu is None:
@@ -95,6 +101,26 @@ def _layers(desk: Desk, plain: Estimate | None, obstacle: str) -> tuple[int, str
     share = "none" if fitting == 0 else f"{fitting} of {total}"
     made = f", {plain.at(recompute_layers=fitting).gib:.1f} with it" if fitting else ""
     return fitting, f"estimate {plain.gib:.1f} GiB without recompute{made}, {gpu.memory_gib:g} GiB less {FREE:.0%}: {share}"
+
+
+def _offload(desk: Desk, made: Estimate | None) -> tuple[bool, str]:
+    """Whether the recomputing layers' inputs wait in host memory, and why: where that was asked for, or where auto fits no other way.
+
+    Args:
+        made: the estimate with the chosen layers, and their inputs on the GPU.
+    """
+    asked, gpu, machine = getattr(desk.config, NAME), desk.machine.gpu, desk.machine
+    if gpu is None:
+        return False, "no GPU whose memory it would free" if asked in OFFLOAD else ""
+    if asked in OFFLOAD:
+        return True, "as asked"
+    if asked not in ("auto", "selective") or made is None or made.gib <= (1 - FREE) * gpu.memory_gib:
+        return False, ""
+    away = made.at(offload_inputs=True)
+    pinned, room = away.in_host_memory / GIB * len(machine.gpus), HOST_SHARE * machine.memory_gib
+    if pinned > room:
+        return False, f"the inputs of all layers, {pinned:.1f} GiB, are more than half of the host's memory"
+    return True, f"every layer recomputes and {made.gib:.1f} GiB do not fit; with their inputs in host memory {away.gib:.1f}"
 
 
 def _number_of_layers(desk: Desk) -> int:
@@ -109,6 +135,7 @@ def _warn(desk: Desk, made: Estimate) -> None:
         return
     ways = [f"--per_device_train_batch_size={job.rows // 2}"] if job.rows > 1 else []
     ways += [] if job.recompute_layers == made.decoder.layers else [f"--{NAME}=auto"]
+    ways += [f"--{NAME}=offload"] if job.recompute_layers == made.decoder.layers and not job.offload_inputs else []
     ways += ["--load_4bit=True"] if job.quantization == "none" and job.method != "full" else []
     ways += [f"a --cutoff_len below {desk.config.cutoff_len}"]
     desk.notes.append(

@@ -53,6 +53,7 @@ def _arguments(plan: Plan, evaluates: bool) -> TrainingArguments:
         fp16=t.precision == "fp16",
         use_cpu=not plan.machine.gpus and not plan.process.fsdp_on_cpu,
         dataloader_pin_memory=bool(plan.machine.gpus),
+        accelerator_config={"non_blocking": bool(plan.machine.gpus)},  # else the host waits for all GPU work at every batch
         logging_steps=t.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,

@@ -7,12 +7,14 @@ from typing import Any
 from peft import PeftModel
 
 from surefoot.errors import BackendError
+from surefoot.training.offload import HostMemory
 
 
-def recompute(model: Any, count: int) -> None:
+def recompute(model: Any, count: int, offload_inputs: bool = False) -> None:
     """Lets the first `count` decoder layers recompute, -1: all of them; the others keep their activations.
 
     The first ones, since their turn in the backward pass comes last, when the later layers' activations are gone.
+    With `offload_inputs` what they do keep, their inputs, waits in host memory.
 
     Raises:
         BackendError: the model cannot recompute, or has no list of decoder layers to choose from.
@@ -24,6 +26,11 @@ def recompute(model: Any, count: int) -> None:
         raise BackendError(f"{type(base).__name__} cannot recompute activations. Use --use_gradient_checkpointing=False")
     base.gradient_checkpointing_enable({"use_reentrant": False})
     base.disable_input_require_grads()  # only the reentrant kind needs it, and the first layer's input gradient costs a GEMM
+    if offload_inputs:
+        memory = HostMemory()
+        for module in base.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = memory.around(module._gradient_checkpointing_func)
     if count < 0:
         return
     layers = getattr(base.get_decoder(), "layers", None)

@@ -40,7 +40,7 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any, requ
             files are wrong.
         Preempted: `request` was made on some rank, and a checkpoint of the last step is there.
     """
-    recompute(model, plan.model.recompute_layers)
+    recompute(model, plan.model.recompute_layers, plan.model.offload_inputs)
     request.leave_if_asked()
     trainer = _trainer(plan, model, tokenizer, data, collator)
     trainer.request = request
@@ -171,7 +171,7 @@ def _out_of_memory(plan: Plan) -> str:
     t = plan.train
     ways = [f"--per_device_train_batch_size={t.per_device_train_batch_size // 2}"] if t.per_device_train_batch_size > 1 else []
     ways += [f"a --pack_len below {t.pack_len}"] if t.packing == "on" else []
-    ways += [] if _recomputes_all(plan) else ["--use_gradient_checkpointing"]
+    ways += [] if plan.model.offload_inputs else ["--use_gradient_checkpointing" + ("=offload" if _recomputes_all(plan) else "")]
     load = f"a packed row of {t.pack_len:,} slots" if t.packing == "on" else f"{t.per_device_train_batch_size} rows"
     return (
         f"the GPU's memory ran out at {load} a forward pass (peak {peak_memory_gib():.1f} GiB). "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import Any
 
 from surefoot import terminal
@@ -34,7 +33,7 @@ def table(plan: Plan, *, all_rows: bool, width: int | None = None) -> str:
     lines += [_canary_line(plan.attention)] if plan.attention else []
     lines += _memory_lines(plan.memory, in_full=all_rows) if plan.memory else []
     lines += [f"note: {note}" for note in plan.notes]
-    if width is None and not sys.stdout.isatty():
+    if width is None and not terminal.is_there():
         return "\n".join(lines)
     return "\n".join(part for line in lines for part in terminal.wrapped(line, room))
 

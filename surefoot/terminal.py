@@ -16,6 +16,11 @@ COMMANDS = ("python ", "accelerate ")
 APART = (*COMMANDS, " ", "-", "Exit codes")  # a line that begins so never continues another
 
 
+def is_there() -> bool:
+    """False where stdout is a file, a pipe or closed."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def width() -> int:
     """Characters of a line: the terminal's, COLUMNS, or 120 where there is neither; never under 60 nor over 140."""
     return max(60, min(shutil.get_terminal_size((120, 24)).columns, 140))
@@ -66,7 +71,8 @@ def piped(main: Callable[[], int]) -> int:
     """main()'s exit code; SIGPIPE's, and no traceback, where whoever read stdout has left (`| head`)."""
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by >&-
+            sys.stdout.flush()
     except BrokenPipeError:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

@@ -194,7 +194,9 @@ class Config:
                 name = _resolve(typed, raw, found, notes)
                 if name is None:
                     continue
-                if name in seen and raw != given[seen[name]]:
+                if name in seen and raw in SAYS_NOTHING:
+                    continue
+                if name in seen and raw != given[seen[name]] not in SAYS_NOTHING:
                     found.append(f"--{typed}={raw} and --{seen[name]}={given[seen[name]]} are the same flag. Give one of them")
                 seen[name] = typed
                 try:
@@ -208,6 +210,9 @@ class Config:
         if problems:
             raise UsageError(joined(problems))
         return cls(**values, sources=types.MappingProxyType(sources), notes=tuple(notes))
+
+
+SAYS_NOTHING = (None, "", "None")  # as older scripts pass lora_target_modules beside target_modules
 
 
 def _fields() -> dict[str, dataclasses.Field[Any]]:

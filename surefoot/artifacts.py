@@ -28,7 +28,8 @@ OURS = (
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
     "checkpoint-*", "runs", PROMPT, "evaluation.json", "evaluation.jsonl",
 )  # fmt: skip
-LOCK, PATIENCE_S = ".lock", 30.0  # the file whose flock a run holds; how long one may take to die after a kill
+LOCK = ".lock"  # the file whose flock a run holds
+PATIENCE_S = 120.0  # for a killed run to be gone: an NFS server keeps the lock of a dead machine for 90 s
 REASONED = ("backend", "precision", "quantization", "attn_implementation", "sdpa_kernels", "use_gradient_checkpointing", "fused_adapters")
 
 
@@ -133,11 +134,13 @@ def _alone(path: Path, resume_from: str | None) -> Iterator[None]:
     began = time.monotonic()
     with (path / LOCK).open("a") as file:
         is_free = was_free = _locked(file)
+        if not is_free:
+            print(f"{path}: another run writes there. Waiting {PATIENCE_S:.0f} s for its end", flush=True)
         while not is_free and time.monotonic() - began < PATIENCE_S:
             time.sleep(0.2)
             is_free = _locked(file)
         if not is_free:
-            raise UsageError(f"--output_dir={path}: another run writes there. Wait for its end, stop it, or give another folder")
+            raise UsageError(f"--output_dir={path}: another run still writes there. Wait for its end, stop it, or give another folder")
         newest = checkpoint.folders(path)[-1:]
         if not was_free and resume_from and newest and newest[0].name != Path(resume_from).name:
             raise UsageError(f"--output_dir={path}: the run there went on to {newest[0].name} meanwhile. Start the same command again")

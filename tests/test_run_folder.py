@@ -43,6 +43,6 @@ def test_output_dir_when_another_run_writes_there_then_is_left_alone(
     with (folder / artifacts.LOCK).open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert program.main() == 2
-    assert f"--output_dir={folder}: another run writes there" in capsys.readouterr().err
+    assert f"--output_dir={folder}: another run still writes there" in capsys.readouterr().err
     assert contents(folder) == before
     assert program.main() == 0

@@ -46,7 +46,7 @@ $(VENV)/.installed: $(LOCK) setup.cfg scripts/install.sh
 	@scripts/install.sh $(VENV) $(LOCK)
 	@touch $@
 
-demo: install ## train DoRA on shipped rows, show accuracy (MODEL=smollm2)
+demo: install ## train DoRA on shipped rows, show scores (MODEL=smollm2)
 	@$(PYTHON) scripts/demo.py --model=$(or $(MODEL),small)
 
 setup-dirs: ## make data/raw, outputs and models

@@ -23,7 +23,8 @@ from speed_works import ALPHA, CASES, CUTOFF, EVERY, RANK, SYSTEMS, TARGETS, Wor
 ROOT = Path(__file__).resolve().parent.parent
 OURS = (
     f"--lora_r={RANK} --lora_alpha={ALPHA} --lora_dropout=0 --target_modules {' '.join(TARGETS)} "
-    "--train_on_inputs --bf16=True --learning_rate=1e-4 --lr_scheduler_type=constant --warmup_steps=0 --val_set_size=0 --audit=warn --data_cache=False "
+    "--train_on_inputs --bf16=True --learning_rate=1e-4 --lr_scheduler_type=constant --warmup_steps=0 "
+    "--val_set_size=0 --audit=warn --data_cache=False "
     f"--save_strategy=no --logging_steps={EVERY} --report_to=none --overwrite"
 ).split()
 

@@ -24,7 +24,7 @@ COLOURS = {
 }  # fmt: skip
 CONDITIONS = (
     "Adapters r=32 on all seven projections, dropout 0, random weights, steady state; padding is not counted. Stages are `finetune.py` "
-    "with its Trainer and a log line a step; peers but SFTTrainer are bare loops, which take "
+    "with its Trainer and a log line every four steps; peers but SFTTrainer are bare loops, which take "
     f"{SEED_ROWS} commonsense rows a pass, padded, as the older recipes do."
 )
 STYLE = (

@@ -79,7 +79,8 @@ def test_unsloth_when_it_cannot_run_then_falls_back_with_the_reason_or_fails_str
         ({}, {"world_size": 2, "engine": "ddp"}, "accelerate launch --config_file profiles/ddp.yaml"), ({}, {"engine": "deepspeed"}, "no deepspeed profile"),
         ({"adapter_name": "full"}, {}, "--adapter_name=full"), ({"load_8bit": True}, {}, "Use --load_4bit=True"), ({"init_lora_weights": "pissa"}, {}, "pissa"),
         ({"attn_implementation": "eager"}, {}, "Use --attn_implementation=sdpa"), ({"packing": True}, {}, "Use --packing=False"),
-        ({"use_gradient_checkpointing": "selective"}, {}, "every layer or none"), ({"enable_torch_compile": True}, {}, "Drop --enable_torch_compile"),
+        ({"use_gradient_checkpointing": "selective"}, {}, "every layer or none"),
+        ({"use_gradient_checkpointing": "offload"}, {}, "by its own recompute"), ({"enable_torch_compile": True}, {}, "Drop --enable_torch_compile"),
         ({"bf16": False}, {}, "Use --bf16=True"), ({"bf16": True}, {"gpus": ()}, "whether a CPU uses bf16"),
     ],
 )  # fmt: skip

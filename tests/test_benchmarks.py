@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from surefoot.rules import speeds
 from tests.conftest import ROOT, TRAIN_ROWS
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -110,3 +111,11 @@ def test_readme_when_results_are_kept_then_its_table_is_theirs(monkeypatch: pyte
 
     kept = speed_table.markdown(json.loads(speed_table.RESULTS.read_text())) if speed_table.RESULTS.is_file() else None
     assert speed_table.between((ROOT / "README.md").read_text()) == kept
+
+
+@pytest.mark.parametrize("known", speeds.SPEEDS, ids=lambda known: known.method)
+def test_speeds_when_auto_goes_by_them_then_are_the_kept_medians(known: speeds.Speed) -> None:
+    kept = json.loads((BENCHMARKS / "results/speed_h200.json").read_text())
+    rates = {(row["case"], row["system"]): row["tokens_per_s"] for row in kept["medians"]}
+    case = f"{known.method}_2048"
+    assert (known.ours, known.unsloth) == (round(rates[case, "ours3"]), round(rates[case, "unsloth"]))

@@ -89,6 +89,7 @@ def conflicts(desk: Desk) -> list[str]:
         (c.attn_implementation == "eager", "has no eager attention. Use --attn_implementation=sdpa, or --backend=hf"),
         (c.packing is True, "keeps packed rows apart in its own collator only. Use --packing=False, or --backend=hf"),
         (c.use_gradient_checkpointing == "selective", f"recomputes every layer or none. Use {by_layer}"),
+        (c.use_gradient_checkpointing == "offload", "offloads by its own recompute. Use --use_gradient_checkpointing=unsloth"),
         (c.enable_torch_compile is True, "compiles by itself. Drop --enable_torch_compile, or use --backend=hf"),
         (bool(m.gpus) and precision == "fp32", "trains in bf16 or fp16, and the precision is fp32. Use --bf16=True, or --backend=hf"),
         (not m.gpus and precision != "fp32", f"decides alone whether a CPU uses {precision}. Drop --{precision}, or use --backend=hf"),

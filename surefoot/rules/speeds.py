@@ -15,13 +15,11 @@ class Speed(NamedTuple):
     source: str
 
 
-# Llama-3.1-8B's shape with random weights, r=32 on seven projections, 4 rows of 2,046 (ours) or 2,048 tokens, no recompute, 2026-11-21;
-# ours: benchmarks/results/fused_h200.txt at stage 3; Unsloth 2026.10.9: a bare training loop on another H200. benchmarks/speed.py measures
-# both in turn; its table is to replace these.
-SOURCE = "single runs on one H200 each, ours at stage 3"
+# medians of benchmarks/results/speed_h200.json; tests/test_benchmarks.py holds them together
+SOURCE = "Llama-3.1-8B's shape, 4 x 2,048 tokens, no recompute, both in turn on one H200, ours at stage 3"
 SPEEDS = (
-    Speed("dora", "none", 15_900, 14_237, SOURCE),
-    Speed("lora", "none", 16_500, 15_940, SOURCE),
+    Speed("dora", "none", 16_232, 14_447, SOURCE),
+    Speed("lora", "none", 16_867, 16_145, SOURCE),
 )
 
 

@@ -37,7 +37,8 @@ quoted = '$(subst ','\'',$(1))'
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9 -]+:.*## /{printf "%-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: CONFIG=$(CONFIG) STYLE MODEL TB_PORT=$(TB_PORT) DATA=$(DATA) TRAIN_ON RUN FLAGS"
+	@echo "Variables: CONFIG=$(CONFIG) DATA=$(DATA) TB_PORT=$(TB_PORT)"
+	@echo "           MODEL STYLE TRAIN_ON RUN INPUT OUTPUT MERGED FLAGS"
 
 install: $(VENV)/.installed ## create .venv with the tested package set
 
@@ -45,22 +46,22 @@ $(VENV)/.installed: $(LOCK) setup.cfg scripts/install.sh
 	@scripts/install.sh $(VENV) $(LOCK)
 	@touch $@
 
-demo: install ## train a DoRA adapter on shipped rows and show what it learned (MODEL=smollm2 for a real 135M model)
+demo: install ## train DoRA on shipped rows, show scores (MODEL=smollm2)
 	@$(PYTHON) scripts/demo.py --model=$(or $(MODEL),small)
 
 setup-dirs: ## make data/raw, outputs and models
 	mkdir -p $(DATA)/raw outputs models
 
-download-model: install ## fetch MODEL (else CONFIG's) from the Hub into models/NAME; CONFIG names that folder as local_dir
+download-model: install ## MODEL (else CONFIG's) from the Hub to models/NAME
 	$(VENV)/bin/hf download $(HUB_MODEL) --local-dir models/$(notdir $(HUB_MODEL)) --exclude "original/*" "*.pth" "*.gguf"
 
 process: install ## DATA/raw to chat rows in DATA/processed
 	$(PYTHON) scripts/process_data.py --raw_path=$(DATA)/raw --out=$(DATA)/processed --config=$(CONFIG)
 
-style: install ## write STYLE into the system prompts: DATA/processed_with_style
+style: install ## STYLE in the system prompts: DATA/processed_with_style
 	$(PYTHON) scripts/style_prompt.py --style=$(call quoted,$(value STYLE)) --in=$(DATA)/processed --out=$(DATA)/processed_with_style
 
-render: install ## the styled rows, else the processed ones, through CONFIG's Jinja file: DATA/rendered
+render: install ## those rows through CONFIG's Jinja file: DATA/rendered
 	$(PYTHON) scripts/render_template.py --data=$(DATA) --config=$(CONFIG)
 
 full-pipeline: install ## process, style and render
@@ -78,14 +79,14 @@ train-bnb: train ## train through bitsandbytes
 train-unsloth: CONFIG = configs/run_unsloth.yaml
 train-unsloth: train ## train through Unsloth, where it runs
 
-train-tb train-with-tb: tensorboard train ## the same with TensorBoard at TB_PORT: train-tb, train-bnb-tb, train-unsloth-tb
+train-tb train-with-tb: tensorboard train ## with TensorBoard; also train-bnb-tb, train-unsloth-tb
 train-bnb-tb: tensorboard train-bnb
 train-unsloth-tb: tensorboard train-unsloth
 
 tensorboard tb: install ## start TensorBoard for TB_LOGDIR at TB_PORT
 	@scripts/tensorboard.sh start $(TB_PORT) $(TB_LOGDIR) $(PYTHON)
 
-tb-stop: ## end the TensorBoard that was started at TB_PORT, and no other
+tb-stop: ## end the TensorBoard started at TB_PORT, and no other
 	@scripts/tensorboard.sh stop $(TB_PORT) $(TB_LOGDIR)
 
 eval: eval-val ## evaluate RUN (CONFIG's output_dir) and its base
@@ -107,11 +108,11 @@ infer: infer-interactive ## talk to RUN
 infer-interactive: install ## the same
 	$(INFER) --mode=interactive
 
-infer-batch: install ## answer the rows of INPUT into OUTPUT; goes on where it stopped
+infer-batch: install ## answer INPUT's rows into OUTPUT; goes on after a stop
 	@mkdir -p $(dir $(OUTPUT))
 	$(INFER) --mode=batch --input_file=$(INPUT) --output_file=$(OUTPUT)
 
-merge: merge-bf16 ## merge RUN's adapter into its base and check that both say the same
+merge: merge-bf16 ## merge RUN's adapter into its base, check they agree
 
 merge-bf16: install ## into bf16 weights, in MERGED
 	$(MERGE) --out=$(MERGED) --dtype=bf16
@@ -119,7 +120,7 @@ merge-bf16: install ## into bf16 weights, in MERGED
 merge-test: install ## judge the merged model in MERGED again
 	$(PYTHON) scripts/merge.py --verify=$(MERGED)
 
-schema: install ## write configs/schema.json, which editors check run files with
+schema: install ## write configs/schema.json, for editors of run files
 	$(PYTHON) scripts/make_schema.py
 
 test: install ## run the default test suite
@@ -135,6 +136,6 @@ lint: install ## ruff and mypy
 
 check: lint test ## lint and test
 
-clean: ## remove what runs and tools left behind, not .venv and not data
+clean: ## remove what runs and tools left, not .venv, not data
 	@rm -rf output outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

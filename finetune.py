@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from surefoot import cli, last_words, runtime, signals
+from surefoot import cli, last_words, runtime, signals, terminal
 from surefoot.errors import SurefootError, UnslothRefusedError
 from surefoot.run import run
 
@@ -36,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.piped(main))

@@ -35,6 +35,8 @@ STYLE = (
 
 def write(results: str = str(RESULTS), readme: str = str(ROOT / "README.md"), plot: str = "", show: bool = False) -> None:
     """Puts the tables between README's two comments and draws the plot, beside the results unless `plot` names a file."""
+    if not Path(results).is_file():
+        raise SystemExit(f"--results={results} does not exist. benchmarks/speed.py makes it")
     result = json.loads(Path(results).read_text())
     if show:
         print(markdown(result))

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is not installed
 
-from surefoot import script  # noqa: E402
+from surefoot import script, terminal  # noqa: E402
 from surefoot.errors import UsageError  # noqa: E402
 from surefoot.script import flag  # noqa: E402
 
@@ -32,7 +32,7 @@ class Flags:
 def main() -> int:
     """Not script.main(): the doctor also runs where Fire, as all else, is missing."""
     if any(word in script.HELP for word in sys.argv[1:]):
-        print(f"{USAGE}\n\n{script.help_text(Flags)}")
+        print(f"{terminal.text(USAGE)}\n\n{script.help_text(Flags)}")
         return 0
     try:
         flags = script.parse(Flags, sys.argv[1:])
@@ -62,4 +62,4 @@ def silent(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.piped(main))

@@ -76,7 +76,7 @@ def run(flags: Flags) -> None:
         SurefootError: a flag, a file or a model that cannot be used.
     """
     from surefoot import inference
-    from surefoot.evaluation import report
+    from surefoot.evaluation import report, texts
 
     if flags.compare:
         print(script.table(report.comparison([report.read(path) for path in flags.compare])))
@@ -88,6 +88,8 @@ def run(flags: Flags) -> None:
     if not out.parent.is_dir():
         raise UsageError(f"--out={out}: {out.parent} is no folder")
     sets = _sets(flags, source)
+    if any("rougeL" in (flags.metrics or one.metrics()) for one in sets):
+        texts.rouge_scorer()
     result, rows = evaluate(flags, source, sets)
     print("\n".join(_lines(flags, result, rows)))
     print(f"\nwritten: {', '.join(map(str, _write(out, result, rows)))} ({result['seconds']:.0f} s)")

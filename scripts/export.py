@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))  # the script also runs from a checkout that is no
 
 from surefoot import script  # noqa: E402
 from surefoot.errors import UsageError, joined  # noqa: E402
+from surefoot.export import FORMS  # noqa: E402
 from surefoot.script import flag  # noqa: E402
 
 MERGED = ("bf16", "fp16", "fp32")
@@ -25,8 +26,8 @@ USAGE = f"""\
 Formats:
   bf16, fp16, fp32  merged safetensors, as scripts/merge.py writes them (with --adapter)
   bnb-4bit          bitsandbytes NF4; it rounds the merged weights, so that it is not what was trained to the digit
-  gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0  for llama.cpp and Ollama: Llama, Mistral, Qwen2 and Qwen3 with a byte-level BPE tokenizer; for
-                    others and for rope scaling other than Llama 3's give --converter
+  gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0  for llama.cpp and Ollama: Llama, Mistral, Qwen2 and Qwen3 with a byte-level BPE tokenizer
+                    (--converter for others, and for rope scaling other than Llama 3's)
 Beside the weights: parity.json, surefoot_meta.json, SERVING.md with the vLLM and Ollama commands, Modelfile.
 K-quants (q4_k_m and others): export gguf-f16, then llama.cpp's llama-quantize; no parity is measured for them.
 DoRA adapters cannot be served unmerged by vLLM or llama.cpp: their LoRA loaders know no magnitude vector.
@@ -51,7 +52,7 @@ class Flags:
 
 def run(flags: Flags) -> None:
     """Exports, and says what a push to the Hub would send, or sends it."""
-    from surefoot.export import formats, hub, source, story
+    from surefoot.export import hub, source
 
     _check(flags)
     form, prompts, say = flags.format, flags.prompts, partial(print, flush=True)
@@ -59,6 +60,8 @@ def run(flags: Flags) -> None:
         hub.check(flags.push_to_hub)
     where = Path(flags.out or f"{(flags.adapter or flags.model).rstrip('/')}/{form}") if form else Path(flags.model)
     found = source.read(flags.adapter, flags.base_model, flags.onto) if flags.adapter else None
+    from surefoot.export import formats, story  # torch: after the flags are known to be good
+
     if found and form in MERGED:
         story.merge_adapter(found, story.Job(where, form, flags.overwrite, flags.parity, prompts, 4 << 30), say)
     elif form:
@@ -72,13 +75,11 @@ def run(flags: Flags) -> None:
 
 
 def _check(flags: Flags) -> None:
-    from surefoot.export import formats
-
     adapter, model, form = flags.adapter, flags.model, flags.format
     problems = []
     if bool(adapter) == bool(model):
         problems.append("give one of --adapter and --model")
-    known = (*MERGED, *formats.FORMS)
+    known = (*MERGED, *FORMS)
     if form and form not in known:
         hint = "; K-quants are made from gguf-f16 by llama.cpp's llama-quantize" if "q4" in form or "_k" in form else ""
         problems.append(f"--format={form} must be one of {', '.join(known)}{hint}")

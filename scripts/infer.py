@@ -63,9 +63,10 @@ def run(flags: Flags) -> None:
         SurefootError: a flag, a file or a model that cannot be used.
     """
     _check(flags)
-    from surefoot import answering, inference
+    source = _source(flags)
+    from surefoot import answering, inference  # torch: after the flags are known to be good
 
-    source, sampling = _source(flags), _sampling(flags)
+    sampling = _sampling(flags)
     job = answering.read_job(flags.input_file, flags.output_file) if flags.input_file and flags.output_file else None
     opened = inference.open_model(source, dtype=flags.dtype, merges=flags.weights == "merged")
     what = {"adapter": "the adapter beside its base", "merged": "the adapter merged into its base", "base": "the base alone"}[flags.weights]

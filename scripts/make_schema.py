@@ -1,4 +1,7 @@
-"""make_schema.py: writes configs/schema.json from Config, for editors that check YAML (make schema)."""
+"""make_schema.py: writes configs/schema.json from Config, for editors that check YAML (make schema).
+
+python scripts/make_schema.py [--out FILE]
+"""
 
 from __future__ import annotations
 

@@ -1,20 +1,31 @@
-"""Make examples/small_model (a Llama of 4,000,000 parameters, pretrained) and the rows in examples/data.
+"""make_small_model.py: makes examples/small_model, a pretrained Llama of
+4,000,000 parameters, and the rows in examples/data.
 
-    python scripts/make_small_model.py --corpus commonsense_147k.jsonl.gz --alpaca alpaca_en_demo.json.gz
+python scripts/make_small_model.py --corpus commonsense_147k.jsonl.gz \\
+    --alpaca alpaca_en_demo.json.gz [--out FOLDER] [--sample_out FOLDER] \\
+    [--steps N] [--device cpu|cuda]
 
-Data: LLM-Adapters' eight commonsense training sets (rows of instruction, input, output, answer, task), their test sets
-`test_<task>.jsonl.gz` beside that file, and LLaMA-Factory's alpaca_en_demo.json. Rows whose question stands in a test set or in the
-shipped rows are not pretrained on. The rest is shown as statements and as multiple choice in other words than the fine-tuning format's;
-only the Alpaca rows are shown in the Alpaca prompt. Seeded; on a GPU two runs differ by rounding.
+Data: LLM-Adapters' eight commonsense training sets (rows of instruction, input,
+output, answer, task), their test sets `test_<task>.jsonl.gz` beside that file,
+and LLaMA-Factory's alpaca_en_demo.json. Rows whose question stands in a test
+set or in the shipped rows are not pretrained on. The rest is shown as
+statements and as multiple choice in other words than the fine-tuning format's;
+only the Alpaca rows are shown in the Alpaca prompt. Seeded; on a GPU two runs
+differ by rounding.
 """
 
 import gzip
 import json
 import random
 import re
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before torch, which takes seconds
+    print(__doc__.rstrip())
+    sys.exit(0)
 
 import numpy as np
 import torch

@@ -57,6 +57,9 @@ class Counts:
 
 USAGE = f"""\
 {__doc__}
+
+python scripts/process_data.py [--raw_path data/raw] [--out data/processed]
+
 Raw json, jsonl, csv, parquet or txt (plain or .gz) go to train.jsonl, val.jsonl and test.jsonl in --out, and what was done to report.json.
 Rows come out as {{system, user, assistant}}, conversations as {{messages}}, plain text as {{text}}. Alpaca's instruction and input are both
 kept. Files are read row by row, so that memory does not grow with them; only .json is read whole. Nothing is lost without being counted."""

@@ -21,6 +21,9 @@ PROCESSED, STYLED, RENDERED = "processed", "processed_with_style", "rendered"
 CHATML = ROOT / "configs/chatml.jinja"
 USAGE = f"""\
 {__doc__}
+
+python scripts/render_template.py [--data data] [--template FILE.jinja]
+
 Every row of the splits becomes {{input, target}}: the prompt and the answer, trained on as they stand, with EOS after the answer."""
 
 

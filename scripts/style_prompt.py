@@ -1,4 +1,7 @@
-"""style_prompt.py: one style for every answer, written into the system prompt of each row."""
+"""style_prompt.py: one style for every answer, written into the system prompt of each row.
+
+python scripts/style_prompt.py --style="Answer concisely in 2 lines." [--in FOLDER] [--out FOLDER]
+"""
 
 from __future__ import annotations
 

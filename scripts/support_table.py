@@ -1,15 +1,20 @@
-"""Writes docs/support.md from surefoot/support.py and the versions of scripts/dev.lock: python scripts/support_table.py"""
+"""support_table.py: writes docs/support.md from surefoot/support.py and the versions of scripts/dev.lock.
+
+python scripts/support_table.py [--out FILE]
+"""
 
 from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from surefoot import support  # noqa: E402
+from surefoot import script, support  # noqa: E402
+from surefoot.script import flag  # noqa: E402
 
 DOC, LOCK = ROOT / "docs/support.md", ROOT / "scripts/dev.lock"
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
@@ -64,7 +69,16 @@ def _thread(one: support.Refusal) -> str:
     return f" ({one.thread})" if one.thread else ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    out: str = flag(str(DOC), "the file")
+
+
+def run(flags: Flags) -> None:
+    """Writes the page."""
+    Path(flags.out).write_text(document())
+    print(f"written: {flags.out}")
+
+
 if __name__ == "__main__":
-    DOC.parent.mkdir(exist_ok=True)
-    DOC.write_text(document())
-    print(f"wrote {DOC.relative_to(ROOT)}")
+    sys.exit(script.main(Flags, __doc__, run))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from surefoot import checkpoint
 from surefoot.config import PROMPT_STYLES
-from surefoot.errors import BackendError, DataError, Preempted, SurefootError
+from surefoot.errors import BackendError, DataError, Preempted, SurefootError, UsageError
 from surefoot.json_file import read_json, write_json
 from surefoot.plan import Plan
 from surefoot.plan_text import as_record
@@ -25,6 +28,8 @@ OURS = (
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
     "checkpoint-*", "runs", PROMPT, "evaluation.json", "evaluation.jsonl",
 )  # fmt: skip
+LOCK = ".lock"  # the file whose flock a run holds
+PATIENCE_S = 120.0  # for a killed run to be gone: an NFS server keeps the lock of a dead machine for 90 s
 REASONED = ("backend", "precision", "quantization", "attn_implementation", "sdpa_kernels", "use_gradient_checkpointing", "fused_adapters")
 
 
@@ -69,16 +74,31 @@ def opened(plan: Plan, kernels: Sequence[str] = ()) -> Iterator[RunFolder]:
 
     Args:
         kernels: those that really run, for backend.json.
+
+    Raises:
+        UsageError: the folder cannot be made or written, which rights alone do not tell (a full quota, a mount that is not there),
+            or another run writes there.
     """
     path = Path(plan.output.folder)
     folder = RunFolder(path=path, is_main=plan.machine.is_main, resumes=plan.output.resume_from is not None)
-    if folder.is_main:
-        _begin(plan, folder, kernels)
+    with ExitStack() as held:
+        if folder.is_main:
+            with _writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_alone(path, plan.output.resume_from))
+                _begin(plan, folder, kernels)
+        with _recorded(plan, folder):
+            yield folder
+
+
+@contextmanager
+def _recorded(plan: Plan, folder: RunFolder) -> Iterator[None]:
+    path = folder.path
     if folder.resumes:
         folder.record = _continued(read_json(path / "run.json"), plan.output.resume_from)
     folder.note(status="running", **({} if folder.resumes else {"started": _now()}), plan=as_record(plan), code=code_state())
     try:
-        yield folder
+        yield
     except BaseException as error:
         reason = str(error) if isinstance(error, SurefootError) else f"{type(error).__name__}: {error}"
         code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", None)
@@ -99,12 +119,53 @@ def vacant(plan: Plan) -> Path | None:
     path = Path(plan.output.folder)
     if not plan.machine.is_main or (path / "run.json").exists():
         return None
-    path.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 
+@contextmanager
+def _alone(path: Path, resume_from: str | None) -> Iterator[None]:
+    """Holds the folder's lock, which goes with the process, however it ends. A file system without locks is taken as it is.
+
+    Raises:
+        UsageError: another run holds it and goes on for PATIENCE_S, or has left a newer checkpoint meanwhile.
+    """
+    began = time.monotonic()
+    with (path / LOCK).open("a") as file:
+        is_free = was_free = _locked(file)
+        if not is_free:
+            print(f"{path}: another run writes there. Waiting {PATIENCE_S:.0f} s for its end", flush=True)
+        while not is_free and time.monotonic() - began < PATIENCE_S:
+            time.sleep(0.2)
+            is_free = _locked(file)
+        if not is_free:
+            raise UsageError(f"--output_dir={path}: another run still writes there. Wait for its end, stop it, or give another folder")
+        newest = checkpoint.folders(path)[-1:]
+        if not was_free and resume_from and newest and newest[0].name != Path(resume_from).name:
+            raise UsageError(f"--output_dir={path}: the run there went on to {newest[0].name} meanwhile. Start the same command again")
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        return True
+    return True
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--output_dir={path} cannot be written: {error.strerror}. Give a folder with room and rights") from error
+
+
 def _begin(plan: Plan, folder: RunFolder, kernels: Sequence[str]) -> None:
-    folder.path.mkdir(parents=True, exist_ok=True)
     style = plan.data.prompt_style
     prompt = None if style in PROMPT_STYLES else Path(style).read_bytes()  # before the file may go with the earlier run
     if plan.output.clears_earlier_run or not folder.resumes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from surefoot import config as configs
+from surefoot import terminal
 from surefoot.config import FLAGS, Config
 from surefoot.errors import UsageError
 
@@ -16,7 +16,8 @@ USAGE = """\
 python finetune.py --base_model MODEL --data_path FILE --output_dir FOLDER [--name=value | --name value | --name] ...
 accelerate launch --config_file profiles/ddp.yaml --num_processes N finetune.py ...
 
-Fine-tunes a causal language model with LoRA, DoRA, their 4-bit forms, or in full. Lists are written --target_modules q_proj k_proj.
+Fine-tunes a causal language model with LoRA, DoRA, their 4-bit forms, or in full. --dry_run prints what it would do, and why.
+Lists are written --target_modules q_proj k_proj.
 Exit codes: 0 done; 2 usage or plan; 3 data; 4 numerics; 5 backend; 75 stopped by a signal after a checkpoint (--resume goes on)."""
 
 
@@ -55,6 +56,11 @@ def _collect(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     words = list(argv)
     while words:
         word = words.pop(0)
+        if _is_flag(word) and configs.canonical(word[1:].partition("=")[0]) in FLAGS:
+            problems.append(f"{word} begins with one hyphen. Did you mean -{word}?")
+            if "=" not in word:
+                _value(configs.canonical(word[1:]), words)
+            continue
         if not word.startswith("--") or word == "--":
             problems.append(f"stray word {word!r}: flags begin with --, and values with spaces or $ need quotes in the shell")
             continue
@@ -85,21 +91,13 @@ def _is_flag(word: str) -> bool:
 
 def help_text() -> str:
     """Every flag in its group with type, default and meaning, read off Config."""
-    lines = [USAGE]
+    lines = [terminal.text(USAGE)]
     group = ""
     for name, flag in FLAGS.items():
         if flag.metadata["group"] != group:
             group = flag.metadata["group"]
             lines.append(f"\n{group}")
-        doc = flag.metadata["doc"]
-        choices = [str(choice) for choice in flag.metadata["choices"]]
-        if choices and not all(choice.split("_")[0] in doc for choice in choices):
-            doc += f" ({', '.join(choices)})"
-        head = f"  --{name}={_shown(flag.default)}"
-        wrapped = textwrap.wrap(doc, 72)
-        lines.append(f"{head:<46} {wrapped[0]}" if len(head) <= 46 else head)
-        rest = wrapped[1:] if len(head) <= 46 else wrapped
-        lines += [" " * 47 + part for part in rest]
+        lines += terminal.flag(f"--{name}={_shown(flag.default)}", flag.metadata["doc"], tuple(map(str, flag.metadata["choices"])))
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ ALIASES = {
     "random_state": "seed",
     "lr": "learning_rate",
     "model": "base_model",
+    "model_name_or_path": "base_model",
     "wandb_run_name": "run_name",
     "resume_from": "resume_from_checkpoint",
     "dataset_text_field": "text_field",

@@ -71,7 +71,7 @@ class Config:
     audit: str = _flag(
         "fail",
         "data",
-        "what too many lost or sick rows do: fail ends the run before the model is loaded (exit 3)",
+        "what too many lost or sick rows do: fail ends the run before the model is loaded (exit 3), warn goes on",
         choices=("fail", "warn"),
     )
     data_cache: bool = _flag(True, "data", "keep the tokenised rows for the next run, in SUREFOOT_CACHE or ~/.cache/surefoot")
@@ -115,8 +115,8 @@ class Config:
     use_gradient_checkpointing: bool | str = _flag(
         "auto",
         "precision and speed",
-        "recompute activations: True all layers, False none, auto and selective as few as fit the GPU (selective at least one); "
-        "offload, which unsloth means too: all, their inputs in host memory",
+        "recompute activations: True all layers, False none, auto as few as fit the GPU, selective at least one, "
+        "offload (unsloth means it too) all, with their inputs in host memory",
         choices=("auto", "selective", "offload", "unsloth"),
     )
     deterministic: bool = _flag(False, "precision and speed", "deterministic kernels only; slower")
@@ -194,7 +194,9 @@ class Config:
                 name = _resolve(typed, raw, found, notes)
                 if name is None:
                     continue
-                if name in seen and raw != given[seen[name]]:
+                if name in seen and raw in SAYS_NOTHING:
+                    continue
+                if name in seen and raw != given[seen[name]] not in SAYS_NOTHING:
                     found.append(f"--{typed}={raw} and --{seen[name]}={given[seen[name]]} are the same flag. Give one of them")
                 seen[name] = typed
                 try:
@@ -208,6 +210,9 @@ class Config:
         if problems:
             raise UsageError(joined(problems))
         return cls(**values, sources=types.MappingProxyType(sources), notes=tuple(notes))
+
+
+SAYS_NOTHING = (None, "", "None")  # as older scripts pass lora_target_modules beside target_modules
 
 
 def _fields() -> dict[str, dataclasses.Field[Any]]:

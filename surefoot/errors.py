@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MOST = 20  # problems that one message lists
+
 
 class SurefootError(Exception):
     """One message for the user: flag, value given, rule, way out."""
@@ -61,4 +63,5 @@ def joined(problems: Sequence[str]) -> str:
     """All problems as one message, so that the user meets them together and not one a run."""
     if len(problems) == 1:
         return problems[0]
-    return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
+    more = [f"and {len(problems) - MOST} more"] if len(problems) > MOST else []
+    return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in [*problems[:MOST], *more])

@@ -77,19 +77,33 @@ def inspect(config: Config) -> Inputs:
 
 
 def with_hub_config(found: Inputs, revision: str | None) -> Inputs:
-    """`found` with config.json and commit of a Hub model; as it was for a folder, or where the Hub cannot give them: loading says why."""
+    """`found` with config.json and commit of a Hub model, or with the problem that there is none; as it was for a folder.
+
+    Where the Hub has the model but no config.json it is as it was too: loading says why.
+    """
     if found.model_config is not None or found.problems:
         return found
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         path = hf_hub_download(found.model_path, "config.json", revision=revision)
+    except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:  # now: transformers would ask again for every file, 24 s each
+        return dataclasses.replace(found, problems=(no_model(found.model_path, error),))
     except (HfHubHTTPError, OSError, ValueError):
         return found
     content = _json(Path(path))
     commit = Path(path).parent.name  # the Hub's cache keeps files under snapshots/COMMIT
     return dataclasses.replace(found, model_config=content, commit=commit) if isinstance(content, dict) else found
+
+
+def no_model(path: str, error: Exception) -> str:
+    """The problem that neither this machine nor the Hub has it."""
+    first = str(error).strip().splitlines()[0]
+    return (
+        f"--base_model={path}: no such folder here, and the Hub could not give it ({first}). Check the name, "
+        "log in for a gated model (hf auth login), or download it first and give the folder"
+    )
 
 
 def _looks_local(path: str) -> bool:
@@ -163,7 +177,8 @@ def _check_checkpoint(flag: str, folder: Path, problems: list[str]) -> None:
         return
     state = _json(folder / "trainer_state.json")
     if state is None:
-        problems.append(f"--{flag}={folder} is not a checkpoint: it has no trainer_state.json")
+        what = "is not a checkpoint: it has no trainer_state.json" if folder.exists() else f"does not exist (looked in {Path.cwd()})"
+        problems.append(f"--{flag}={folder} {what}. --resume takes the newest one of --output_dir by itself")
     elif not isinstance(state, dict):
         problems.append(f"--{flag}={folder}: trainer_state.json is damaged ({state}). Take an earlier checkpoint (remove this one)")
     for file in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
@@ -224,7 +239,7 @@ def _run_folder(folder: Path, problems: list[str], *, looks_for_whole: bool) -> 
     if isinstance(record, dict):
         status = "finished" if record.get("status") == "done" else "unfinished"
     else:
-        status = "foreign" if any(folder.iterdir()) else "empty"
+        status = "foreign" if any(child.name != ".lock" for child in folder.iterdir()) else "empty"
     found = checkpoint.Found(tuple(checkpoint.folders(folder)), ())
     if looks_for_whole and status == "unfinished":
         found = checkpoint.newest_whole(folder)

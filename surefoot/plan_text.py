@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
 from typing import Any
 
+from surefoot import terminal
 from surefoot.memory import GIB, Estimate
 from surefoot.plan import Plan
 from surefoot.rules.desk import Choice
 from surefoot.verdicts import Verdicts
 
-HEADINGS = ("choice", "value", "source", "reason")
+HEADINGS = Choice("choice", "value", "source", "reason")
+VALUES = 14  # the column of values, with its gap; a longer value has its line to itself
 
 
-def table(plan: Plan, *, all_rows: bool, width: int = 120) -> str:
-    """The plan as aligned text. Without all_rows, values left at their default with nothing to say are counted, not printed."""
+def table(plan: Plan, *, all_rows: bool, width: int | None = None) -> str:
+    """The plan as lines of `width` characters, by default the terminal's. In a file notes keep their line, however long: for grep.
+
+    Without all_rows, values left at their default with nothing to say are counted, not printed.
+    """
+    room = width or terminal.width()
     shown = [choice for choice in plan.choices if all_rows or choice.source != "default" or choice.reason]
-    rows = [(choice.name, _text(choice), choice.source, choice.reason) for choice in shown]
-    widths = [max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(3)]
-    widths[1] = min(widths[1], 44)
-    lines = [_machine_line(plan)]
-    for row in (HEADINGS, *rows):
-        lines += _row(row, widths, width)
+    files = dict.fromkeys(choice.source for choice in shown if choice.source.startswith("file "))
+    names = max(len(choice.name) for choice in (*shown, HEADINGS)) + 2
+    lines = [_machine_line(plan), *files]
+    for choice in (HEADINGS, *shown):
+        lines += _row(choice, names, room)
     if len(shown) < len(plan.choices):
         lines.append(f"{len(plan.choices) - len(shown)} more at their defaults: --dry_run prints them")
     lines += [_canary_line(plan.attention)] if plan.attention else []
     lines += _memory_lines(plan.memory, in_full=all_rows) if plan.memory else []
     lines += [f"note: {note}" for note in plan.notes]
-    return "\n".join(lines)
+    if width is None and not terminal.is_there():
+        return "\n".join(lines)
+    return "\n".join(part for line in lines for part in terminal.wrapped(line, room))
 
 
 def as_json(plan: Plan) -> str:
@@ -88,18 +94,16 @@ def _text(choice: Choice) -> str:
     return str(value)
 
 
-def _row(row: tuple[str, ...], widths: list[int], width: int) -> list[str]:
-    """One row; a long value or reason wraps inside its own column."""
-    values = textwrap.wrap(row[1], widths[1]) or [""]
-    room = max(30, width - sum(widths) - 6)
-    reasons = textwrap.wrap(row[3], room) or [""]
-    lines = []
-    for index in range(max(len(values), len(reasons))):
-        cells = (
-            row[0] if index == 0 else "",
-            values[index] if index < len(values) else "",
-            row[2] if index == 0 else "",
-        )
-        reason = reasons[index] if index < len(reasons) else ""
-        lines.append(("  ".join(f"{cell:<{size}}" for cell, size in zip(cells, widths, strict=True)) + "  " + reason).rstrip())
-    return lines
+def _row(choice: Choice, names: int, width: int) -> list[str]:
+    """One choice: name, value, and `source: reason`, which goes behind or below a value that needs more than its column."""
+    source = "file" if choice.source.startswith("file ") else choice.source
+    said = f"{source}: {choice.reason}" if choice.reason else source
+    values = terminal.wrapped(_text(choice), width - names, indent="")
+    if len(values) == 1 and len(values[0]) <= VALUES - 2:
+        first, *rest = terminal.wrapped(said, width - names - VALUES, indent="")
+        cells = [f"{values[0]:<{VALUES}}{first}", *(" " * VALUES + line for line in rest)]
+    elif len(values[-1]) + 2 + len(said) <= width - names:
+        cells = [*values[:-1], f"{values[-1]}  {said}"]
+    else:
+        cells = [*values, *(" " * VALUES + line for line in terminal.wrapped(said, width - names - VALUES, indent=""))]
+    return [f"{choice.name if index == 0 else '':<{names}}{cell}".rstrip() for index, cell in enumerate(cells)]

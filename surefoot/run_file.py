@@ -73,7 +73,9 @@ def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UsageError(f"--config={path} is not UTF-8 text") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"--config={path} is not valid YAML: {' '.join(str(error).split())}") from None
+        place, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{path}:{place.line + 1}:{place.column + 1}" if place else str(path)
+        raise UsageError(f"--config={where} is not valid YAML: {what or ' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UsageError(f"--config={path} must hold `name: value` lines")
     below = content.pop("include", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-import textwrap
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from surefoot import terminal
 from surefoot.errors import SurefootError, UsageError, joined
 from surefoot.flag_values import convert, kinds
 
@@ -37,12 +37,16 @@ def main(kind: type[T], usage: str, run: Callable[..., int | None], *, passes_on
     Args:
         passes_on: the words of flags that are not the script's own are another program's: run(flags, words).
     """
-    import fire
+    return terminal.piped(lambda: _main(kind, usage, run, passes_on=passes_on))
 
+
+def _main(kind: type[T], usage: str, run: Callable[..., int | None], *, passes_on: bool) -> int:
     argv = sys.argv[1:]
     if any(word in HELP for word in argv) or (passes_on and not argv):
-        print(f"{usage.rstrip()}\n\n{help_text(kind)}")
+        print(f"{terminal.text(usage.rstrip())}\n\n{help_text(kind)}")
         return 0
+    import fire
+
     try:
         own, rest = parted(kind, argv) if passes_on else (argv, [])
         line = [f"--{name}={value!r}" for name, value in vars(parse(kind, own)).items()]  # literals, so that Fire guesses nothing
@@ -138,12 +142,7 @@ def help_text(kind: type[Any]) -> str:
     lines = []
     for name, f in _flags(kind).items():
         default = " ".join(f.default) if isinstance(f.default, tuple) else "" if f.default in (None, REQUIRED) else str(f.default)
-        doc = str(f.metadata["doc"])
-        choices = [str(choice) for choice in f.metadata["choices"]]
-        if choices and not all(choice in doc for choice in choices):
-            doc += f" ({', '.join(choices)})"
-        first, *rest = textwrap.wrap(doc, 90)
-        lines += [f"  {f'--{name}={default}':<28} {first}", *(f"{'':<31}{part}" for part in rest)]
+        lines += terminal.flag(f"--{name}={default}", f.metadata["doc"], tuple(map(str, f.metadata["choices"])))
     return "\n".join(lines)
 
 

@@ -99,6 +99,12 @@ def test_table_when_made_then_stands_between_the_comments_with_its_plot(bench: B
     assert plot.read_text().count("<rect") == 2
 
 
+def test_table_when_its_results_are_missing_then_says_who_makes_them() -> None:
+    words = [sys.executable, str(BENCHMARKS / "speed_table.py"), "--results=nowhere.json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "--results=nowhere.json does not exist. benchmarks/speed.py makes it\n")
+
+
 def test_readme_when_results_are_kept_then_its_table_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import speed_table

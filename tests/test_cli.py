@@ -32,7 +32,8 @@ def test_tidy_when_line_is_good_then_fire_gets_exact_literals(line: str, expecte
         ("--base_model m stray", "stray word 'stray'"),
         ("--base_model m --lora_r --bf16", "--lora_r needs a value"),
         ("--base_model m --target_modules", "--target_modules needs a value"),
-        ("--base_model m -lr 3", "stray word '-lr'"),
+        ("--base_model m -lr 3", "-lr begins with one hyphen. Did you mean --lr?"),
+        ("--base_model m -x 3", "stray word '-x'"),
         ("--base_model m --lora_r 8 --lora_rank 4 stray", "--lora_rank is not a flag"),
     ],
 )

@@ -85,6 +85,12 @@ def test_parse_when_two_names_of_a_flag_differ_then_refuses() -> None:
         parse(micro_batch_size=2, per_device_train_batch_size=4)
 
 
+@pytest.mark.parametrize("flags", [("target_modules", "lora_target_modules"), ("lora_target_modules", "target_modules")])
+def test_older_name_when_it_says_nothing_then_the_other_one_counts(flags: tuple[str, str]) -> None:
+    said = {"target_modules": "[q_proj,k_proj]", "lora_target_modules": "None"}
+    assert parse(**{name: said[name] for name in flags}).target_modules == ("q_proj", "k_proj")
+
+
 def test_sources_when_flag_and_file_meet_then_the_flag_wins() -> None:
     config = Config.parse({"base_model": "m", "lora_r": "4", "config": "run.yaml"}, file_values={"lora_r": 64, "lora_alpha": 128})
     assert (config.lora_r, config.source("lora_r")) == (4, "flag")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +21,7 @@ from surefoot.data.loading import SourceRow, read_rows
 from surefoot.errors import BackendError, DataError
 from surefoot.evaluation import answers, harness, intervals, likelihood, texts
 from surefoot.generate import Sampling
-from tests.conftest import HELDOUT_ROWS, SMALL_MODEL
+from tests.conftest import HELDOUT_ROWS, ROOT, SMALL_MODEL
 
 
 def test_wilson_when_shares_are_extreme_then_stays_inside_and_wider_than_nothing() -> None:
@@ -163,3 +166,13 @@ def test_mean_when_values_vary_then_has_the_normal_interval() -> None:
     centre, low, high = intervals.mean([1.0, 2.0, 3.0, 4.0])
     assert centre == 2.5
     assert high - centre == pytest.approx(1.96 * math.sqrt(5 / 3) / 2, rel=1e-3) == centre - low
+
+
+def test_evaluate_when_rouge_score_is_missing_then_says_so_before_a_model_is_opened(tmp_path: Path) -> None:
+    for file in SMALL_MODEL.glob("*.json"):  # a model without weights: opening it would be another error
+        shutil.copy(file, tmp_path)
+    code = "import runpy, sys; sys.modules['rouge_score'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = ["scripts/evaluate.py", f"--base_model={tmp_path}", f"--data_path={HELDOUT_ROWS}", "--metrics=rougeL"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 5
+    assert "--metrics=rougeL needs rouge_score" in done.stderr

@@ -24,6 +24,7 @@ LEVELS = {
         "surefoot.verdicts",
         "surefoot.detection",
         "surefoot.script",
+        "surefoot.terminal",
         "surefoot.decoder",
         "surefoot.activations",
         "surefoot.checkpoint",

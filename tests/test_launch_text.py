@@ -113,7 +113,15 @@ def batch(folder: Path, flags: list[str], **variables: str) -> None:
     (folder / "scontrol").write_text("#!/bin/sh\necho n1\n")
     (folder / "scontrol").chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
-    environment = {**os.environ, **slurm, "SUREFOOT": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}", "PROFILE": "single", "HF_HOME": "", **variables}
+    environment = {
+        **os.environ,
+        **slurm,
+        "SUREFOOT": str(ROOT),
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PROFILE": "single",
+        "HF_HOME": "",
+        **variables,
+    }
     subprocess.run([ROOT / "launch/slurm.sbatch", *flags], check=True, env=environment, cwd=folder)
 
 

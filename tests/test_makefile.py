@@ -45,6 +45,7 @@ def test_target_when_made_dry_then_is_known_and_runs_what_exists(venv: Path, tar
 def test_targets_when_listed_then_help_has_each(venv: Path) -> None:
     listed = {word for line in make(venv, "help").stdout.splitlines() for word in line[:23].split()}
     assert set(TARGETS) - listed == {"train-bnb-tb", "train-unsloth-tb"}
+    assert [line for line in make(venv, "help").stdout.splitlines() if len(line) > 80] == []
 
 
 def test_variables_when_given_then_reach_the_commands_whole(venv: Path) -> None:

@@ -45,7 +45,7 @@ CONFLICTS = [
     "--load_4bit --init_lora_weights=pissa", "--micro_batch_size=2 --per_device_train_batch_size=4", "--adapter_name=prefix-tuning",
     "--adapter_name=qlora", "--use_adapterp", "--bottleneck_size=64", "--dora_simple=False", "--deepspeed=ds.json", "--packing --group_by_length",
     "--packing=False --pack_len=512", "--packing=True --pack_len=128", "--pack_len=100",
-    "--num_generations=8", "--device_map=auto", "word", "-lr 3", "--lora_r 8 16", "--bf16 True False", "--prompt_style=nowhere.jinja",
+    "--num_generations=8", "--device_map=auto", "word", "-lr 3", "-lora_r 8", "--val_set_size=1.5", "--seed=4294967296", "--lora_r 8 16", "--bf16 True False", "--prompt_style=nowhere.jinja",
 ]  # fmt: skip
 
 

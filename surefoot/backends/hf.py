@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from surefoot import inputs
 from surefoot.errors import BackendError, UsageError
 from surefoot.plan import ModelPlan
 
@@ -164,8 +165,5 @@ def _named(plan: ModelPlan, what: str) -> Iterator[None]:
             or "couldn't connect" in text
             or "outgoing traffic" in text
         ):
-            raise UsageError(
-                f"--base_model={plan.path}: no such folder here, and the Hub could not give it ({first}). Check the name, "
-                "log in for a gated model (hf auth login), or download it first and give the folder"
-            ) from error
+            raise UsageError(inputs.no_model(plan.path, error)) from error
         raise BackendError(f"--base_model={plan.path}: transformers cannot load its {what}: {first}") from error

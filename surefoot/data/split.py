@@ -49,8 +49,6 @@ def _size(count: int, plan: DataPlan) -> tuple[int, str]:
         if small < asked:
             return small, f"10 % of {count:,} rows, which is less than the default of {asked:,}"
         return int(asked), "the default"
-    if asked >= 1 and asked != int(asked):
-        raise UsageError(f"--val_set_size={asked} is neither a whole number of rows nor a fraction below 1")
     size = int(asked) if asked >= 1 else max(1, round(count * asked))
     if size >= count:
         way_out = f"Give --val_set_size={count // 10} or less, or" if count >= 10 else "Give --val_set_size=0, or"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from surefoot.errors import BackendError
 
@@ -16,8 +17,8 @@ def exact_match(prediction: str, reference: str) -> bool:
     return prediction.strip() == reference.strip()
 
 
-def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """ROUGE-L's F-measure of each text, words stemmed, as google-research's rouge-score has it.
+def rouge_scorer() -> Any:
+    """google-research's rouge-score for ROUGE-L, words stemmed. Ask for it before there is anything to lose.
 
     Raises:
         BackendError: rouge-score is not installed.
@@ -25,8 +26,14 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ModuleNotFoundError as error:
-        raise BackendError(f"--metrics=rougeL needs {error.name}, which is not installed. Use pip install rouge-score") from None
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+        way_out = "Use pip install rouge-score, or --metrics exact_match sari perplexity"
+        raise BackendError(f"--metrics=rougeL needs {error.name}, which is not installed. {way_out}") from None
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """ROUGE-L's F-measure of each text. Raises as rouge_scorer() does."""
+    scorer = rouge_scorer()
     return [float(scorer.score(right, said)["rougeL"].fmeasure) for said, right in zip(predictions, references, strict=True)]
 
 

@@ -12,15 +12,13 @@ import torch
 from surefoot import runtime
 from surefoot.artifacts import META, PROMPT
 from surefoot.errors import BackendError, UsageError
-from surefoot.export import carry, judge, merge, place, records, serving, shards, story
+from surefoot.export import GGUF, carry, judge, merge, place, records, serving, shards, story
 from surefoot.export.judge import Subject, Verdict
 from surefoot.export.source import Source
 from surefoot.json_file import read_json
 from surefoot.script import told
 
 Say = Callable[[str], object]
-GGUF = ("gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0")
-FORMS = ("bnb-4bit", *GGUF)
 BAND_OF = {"bnb-4bit": "nf4", "gguf-f32": "fp32", "gguf-f16": "fp16", "gguf-bf16": "bf16", "gguf-q8_0": "q8_0"}
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surefoot import artifacts
 from surefoot.artifacts import META
-from surefoot.export.judge import Verdict
 from surefoot.export.source import Source
 from surefoot.json_file import write_json
+
+if TYPE_CHECKING:
+    from surefoot.export.judge import Verdict
 
 PARITY = "parity.json"
 RUN = ("started", "ended", "status", "code", "data", "summary")

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from surefoot import terminal
 from surefoot.errors import SurefootError, UsageError
 from surefoot.launch import command, manifests
 from surefoot.launch.ask import OPTIONS, ROOT, WORLDS, Ask, parse
@@ -82,13 +83,21 @@ def shown(ask: Ask) -> str:
 
 
 def help_text() -> str:
-    lines = [str(__doc__).splitlines()[0], "", f"worlds: {', '.join(WORLDS)}; docs/launch.md tells them apart", "", "options"]
+    usage, _, meaning = str(__doc__).splitlines()[0].partition(": ")
+    lines = [
+        terminal.text(f"{usage}\n\n{meaning.capitalize()}"),
+        "",
+        f"worlds: {', '.join(WORLDS)}; docs/launch.md tells them apart",
+        "",
+        "options",
+    ]
     for name, option in OPTIONS.items():
         worlds = option.metadata["worlds"]
         where = "" if len(worlds) == len(WORLDS) else f" ({', '.join(worlds)})"
         default = "" if option.default in (None, False) else f"={option.default}"
-        lines.append(f"  --{name + default:<24} {option.metadata['doc']}{where}")
-    return "\n".join([*lines, "", "Exit codes: 0 shown or submitted; 2 a wrong option or flag; with --submit the client's own."])
+        lines += terminal.flag(f"--{name}{default}", f"{option.metadata['doc']}{where}")
+    ends = "Exit codes: 0 shown or submitted; 2 a wrong option or flag; with --submit the client's own."
+    return "\n".join([*lines, "", terminal.text(ends)])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,4 +120,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.piped(lambda: main(sys.argv[1:])))

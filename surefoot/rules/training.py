@@ -89,6 +89,10 @@ def steps(desk: Desk) -> None:
         desk.problems.append("nothing to train: --max_steps is 0, or --num_epochs is 0 and --max_steps is not given")
     if c.learning_rate == 0:
         desk.problems.append("--learning_rate=0 would learn nothing. The default is 3e-4")
+    if c.seed >= 2**32:
+        desk.problems.append(f"--seed={c.seed} is too large: NumPy's generator takes seeds below 2**32")
+    if c.val_set_size > 1 and c.val_set_size != int(c.val_set_size):
+        desk.problems.append(f"--val_set_size={c.val_set_size} is neither a whole number of rows nor a fraction below 1")
     if c.max_steps > 0 and c.given("num_epochs"):
         desk.notes.append(f"--max_steps={c.max_steps} decides the length; --num_epochs={c.num_epochs:g} has no effect")
 

@@ -52,6 +52,9 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+PATIENCE_S = 10.0  # without a line, until the first one
+
+
 class Meter:
     """Counts real tokens (padding left out) and wall time between log lines, evaluation and saving left out."""
 
@@ -123,6 +126,9 @@ class Ledger(TrainerCallback):  # type: ignore[misc]
         self.mode = "a" if resumes else "w"
         self.kept: dict[str, int] = {}
         self.bar: Any = None
+        self.passes = 0  # of the step under way
+        self.began = time.monotonic()
+        self.speaks_at = self.began + PATIENCE_S
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the files that grow, which are on the disk when this returns: a resumed run cuts off what came after its checkpoint."""
@@ -149,9 +155,25 @@ class Ledger(TrainerCallback):  # type: ignore[misc]
 
                 self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
         self.meter.start()
+        self.began = time.monotonic()
+        self.speaks_at = self.began + PATIENCE_S
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.passes += 1
+        self._sign_of_life(args, state)
+
+    def _sign_of_life(self, args: Any, state: Any) -> None:
+        """How far the run is before its first log line, each time after twice the wait."""
+        waited = time.monotonic() - self.began
+        if state.is_world_process_zero and self.began + waited > self.speaks_at:
+            self.speaks_at = self.began + 2 * waited
+            passes = f", pass {self.passes} of {args.gradient_accumulation_steps} of the next" if self.passes else ""
+            self.say(f"step {state.global_step}/{state.max_steps}{passes}: {duration(waited)} so far")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.steps += 1
+        self.passes = 0
+        self._sign_of_life(args, state)
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
@@ -163,6 +185,7 @@ class Ledger(TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps(entry, allow_nan=False) + "\n")
         line = log_line(state.global_step, state.max_steps, logs)
         if line:
+            self.speaks_at = math.inf
             self.say(line)
 
     def say(self, text: str) -> None:

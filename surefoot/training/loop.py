@@ -33,6 +33,7 @@ class SurefootTrainer(ResumableTrainer):
     stop_reason: str | None = None
     _tokens: torch.Tensor | None = None
     _pending: Pending | None = None
+    _trained: list[torch.nn.Parameter] | None = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.ledger.meter.count(inputs.pop("lengths"), inputs["input_ids"].shape)
@@ -44,6 +45,22 @@ class SurefootTrainer(ResumableTrainer):
         inputs.pop("positions", None)  # follow from the labels
         self.guard.collect({**inputs, **scale}, rows, loss, random)
         return loss
+
+    def _prepare_for_training(self, *args: Any, **named: Any) -> Any:
+        model, loader = super()._prepare_for_training(*args, **named)
+        if self.engine in ("single", "ddp"):
+            self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            _spare_walks(model, self.accelerator.unwrap_model(model), self._trained)
+        return model, loader
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self._trained is None:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """transformers' own counts the parameters anew for every pass."""
+        return self.ledger.meter.flops_per_token * float(inputs["input_ids"].numel())
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         return [name for name, _ in model.named_parameters() if is_decayed(name)]
@@ -209,3 +226,22 @@ class SurefootTrainer(ResumableTrainer):
             self.model.config.use_cache = False
         self.processing_class.save_pretrained(folder)
         checkpoint.share(folder)
+
+
+def _spare_walks(model: Any, inner: Any, trained: list[torch.nn.Parameter]) -> None:
+    """Gives the model its engine's train() and zero_grad() without their walks over thousands of modules and frozen tensors at every pass.
+
+    Args:
+        model: as the engine wrapped it; inner: as it was, which evaluation sets to eval() alone.
+    """
+    set_mode = model.train
+    set_mode()
+
+    def train(mode: bool = True) -> Any:
+        return model if model.training == inner.training == mode else set_mode(mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    model.train, model.zero_grad = train, zero_grad

@@ -34,6 +34,8 @@ def test_mode_when_the_model_came_or_was_put_into_eval_then_train_reaches_every_
     assert model.train() is model
     assert all(part.training for part in model.modules())
     model.eval()
+    model.module.append(torch.nn.Dropout(0.5))
+    model.eval()
     assert not any(part.training for part in model.modules())
 
 

@@ -112,6 +112,7 @@ def _loaded(path: str, quantization: str = "none", vocabulary_size: int = 0, *, 
         path=path, revision=None, trust_remote_code=trusts_remote_code, attn_implementation="eager", quantization=quantization,
         compute_dtype="fp32", frozen_dtype="fp32", loads_on_gpu=torch.cuda.is_available(), cutoff_len=0,
         use_gradient_checkpointing=False, enable_torch_compile=False, fused_adapters=False, fused_loss=False, recompute_layers=0,
+        offload_inputs=False,
     )  # fmt: skip
     model = hf.load_model(plan, vocabulary_size, None).eval()
     model.config.use_cache = True

@@ -238,7 +238,7 @@ def _spare_walks(model: Any, inner: Any, trained: list[torch.nn.Parameter]) -> N
     set_mode()
 
     def train(mode: bool = True) -> Any:
-        return model if model.training == inner.training == mode else set_mode(mode)
+        return model if mode and model.training and inner.training else set_mode(mode)  # eval() reaches modules added since
 
     def zero_grad(set_to_none: bool = True) -> None:
         for parameter in trained:

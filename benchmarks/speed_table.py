@@ -25,7 +25,7 @@ COLOURS = {
 CONDITIONS = (
     "Adapters r=32 on all seven projections, dropout 0, random weights, steady state; padding is not counted. Stages are `finetune.py` "
     "with its Trainer and a log line every four steps; peers but SFTTrainer are bare loops, which take "
-    f"{SEED_ROWS} commonsense rows a pass, padded, as the older recipes do."
+    f"{SEED_ROWS} commonsense rows a pass, padded, as the older recipes do. What is empty was not run."
 )
 STYLE = (
     "text{font:12px system-ui,DejaVu Sans,sans-serif;fill:#1f2328}.case{font-weight:600}.unit{fill:#59636e}line{stroke:#1f2328}"

@@ -46,7 +46,7 @@ SYSTEMS = {
     "liger": System("Liger + PEFT"),
     "unsloth": System("Unsloth"),
     "unsloth_sft": System("Unsloth + SFTTrainer, packed"),
-    "seed": System("seeds' recipe (fp32, eager)"),
+    "seed": System("older recipes (fp32, eager)"),
 }
 
 

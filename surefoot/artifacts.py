@@ -16,6 +16,7 @@ from typing import IO, Any
 from surefoot import checkpoint
 from surefoot.config import PROMPT_STYLES
 from surefoot.errors import BackendError, DataError, Preempted, SurefootError, UsageError
+from surefoot.inputs import LOCK
 from surefoot.json_file import read_json, write_json
 from surefoot.plan import Plan
 from surefoot.plan_text import as_record
@@ -28,7 +29,6 @@ OURS = (
     "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
     "checkpoint-*", "runs", PROMPT, "evaluation.json", "evaluation.jsonl",
 )  # fmt: skip
-LOCK = ".lock"  # the file whose flock a run holds
 PATIENCE_S = 120.0  # for a killed run to be gone: an NFS server keeps the lock of a dead machine for 90 s
 REASONED = ("backend", "precision", "quantization", "attn_implementation", "sdpa_kernels", "use_gradient_checkpointing", "fused_adapters")
 

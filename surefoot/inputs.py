@@ -15,6 +15,7 @@ from surefoot import checkpoint
 from surefoot.config import PROMPT_STYLES, Config
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
+LOCK = ".lock"  # the file of the run folder whose flock a run holds
 HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
 
 
@@ -239,7 +240,7 @@ def _run_folder(folder: Path, problems: list[str], *, looks_for_whole: bool) -> 
     if isinstance(record, dict):
         status = "finished" if record.get("status") == "done" else "unfinished"
     else:
-        status = "foreign" if any(child.name != ".lock" for child in folder.iterdir()) else "empty"
+        status = "foreign" if any(child.name != LOCK for child in folder.iterdir()) else "empty"
     found = checkpoint.Found(tuple(checkpoint.folders(folder)), ())
     if looks_for_whole and status == "unfinished":
         found = checkpoint.newest_whole(folder)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+PATIENCE_S = 10.0  # without a line, until the first one
 # Dense bf16 (fp16 for Volta and Turing) tensor-core peak in TFLOP/s, from NVIDIA's data sheets, without sparsity.
 PEAK_TFLOPS = {
     "B200": 2250.0, "H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
@@ -50,9 +51,6 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-PATIENCE_S = 10.0  # without a line, until the first one
 
 
 class Meter:

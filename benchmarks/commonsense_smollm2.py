@@ -33,7 +33,7 @@ PATHS = {"ours": [], "peft": ["--fused_adapters=False", "--fused_loss=False", "-
 METHODS, SCORINGS = ("lora", "dora"), ("generate", "loglikelihood")
 COMMON = (
     "--num_epochs=1 --lora_r=32 --lora_alpha=64 --lora_dropout=0 --learning_rate=1e-3 --lr_scheduler_type=linear --weight_decay=0 "
-    "--cutoff_len=512 --val_set_size=0 --batch_size=128 --per_device_train_batch_size=64 --save_step=150 --save_total_limit=1 "
+    "--cutoff_len=512 --val_set_size=0 --batch_size=128 --per_device_train_batch_size=128 --save_step=150 --save_total_limit=1 "
     "--logging_steps=50 --report_to=none"
 ).split()
 GRACE_S = 30.0

@@ -103,11 +103,11 @@ def test_trial_when_unsloth_is_in_question_then_asks_for_the_runs_own_case() -> 
     assert unsloth_to_try(asked, machine(gpus=(H200,)), found) is None
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_auto_when_both_can_run_then_takes_the_faster_one_and_gives_the_figures(method: str) -> None:
-    made, measured = plan(adapter_name=method), speeds.find(method, "none")
-    assert measured is not None
-    assert made.backend == ("unsloth" if measured.unsloth > measured.ours else "hf")
+@pytest.mark.parametrize("measured", speeds.SPEEDS, ids=lambda known: f"{known.method}-{known.quantization}")
+def test_auto_when_both_can_run_then_takes_the_faster_one_and_gives_the_figures(measured: Speed) -> None:
+    made = plan(adapter_name=measured.method, load_4bit=measured.quantization == "nf4")
+    ours = {"none": "hf", "nf4": "bnb"}[measured.quantization]
+    assert made.backend == ("unsloth" if measured.unsloth > measured.ours else ours)
     assert f"{measured.ours:,} tokens/s" in reason(made)
     assert f"{measured.unsloth:,}" in reason(made)
 

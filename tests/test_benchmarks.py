@@ -113,9 +113,9 @@ def test_readme_when_results_are_kept_then_its_table_is_theirs(monkeypatch: pyte
     assert speed_table.between((ROOT / "README.md").read_text()) == kept
 
 
-@pytest.mark.parametrize("known", speeds.SPEEDS, ids=lambda known: known.method)
+@pytest.mark.parametrize("known", speeds.SPEEDS, ids=lambda known: f"{known.method}-{known.quantization}")
 def test_speeds_when_auto_goes_by_them_then_are_the_kept_medians(known: speeds.Speed) -> None:
     kept = json.loads((BENCHMARKS / "results/speed_h200.json").read_text())
     rates = {(row["case"], row["system"]): row["tokens_per_s"] for row in kept["medians"]}
-    case = f"{known.method}_2048"
+    case = {"none": f"{known.method}_2048", "nf4": f"q{known.method}_2048_recompute"}[known.quantization]
     assert (known.ours, known.unsloth) == (round(rates[case, "ours3"]), round(rates[case, "unsloth"]))

@@ -74,7 +74,7 @@ class Work:
     def label(self) -> str:
         method = {"none": "", "nf4": "Q"}[self.quantization] + {"lora": "LoRA", "dora": "DoRA"}[self.method]
         rows = f"{self.rows} x {self.length:,}" if self.length else "commonsense rows"
-        shape = "" if self.shape == "llama8b" else f", {self.shape}"
+        shape = {"llama8b": "", "qwen7b": ", Qwen2.5-7B"}.get(self.shape, f", {self.shape}")
         return f"{method}, {rows}{shape}{', recompute' if self.recompute else ''}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from finetune import train
-from surefoot.training.loop import _spare_walks
+from surefoot.training.pace import spare_walks
 from tests.runs import logs, quick
 
 
@@ -23,7 +23,7 @@ class Wrapped(torch.nn.Module):
 
 def made() -> Wrapped:
     model = Wrapped()
-    _spare_walks(model, model.module, [model.module[0].bias])
+    spare_walks(model, model.module, [model.module[0].bias])
     return model
 
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from surefoot.errors import BackendError
 from surefoot.machine import Machine
 from surefoot.plan import Plan
+from surefoot.training import pace
 from surefoot.training.arguments import casts_itself
 from surefoot.training.health import trainable
 
@@ -33,6 +34,8 @@ def prepare(plan: Plan, model: Any, accelerator: Any) -> dict[str, Any]:
     live = _live(plan.machine, accelerator)
     if casts_itself(plan) and plan.train.precision in DTYPES:
         model.forward = _under_autocast(model.forward, accelerator.device.type, DTYPES[plan.train.precision])
+    if plan.machine.engine == "deepspeed":
+        pace.spare_deepspeeds_waits(accelerator.state.deepspeed_plugin.deepspeed_config)
     if plan.machine.strategy == "zero3":
         _gather_by_layer(model, accelerator.state.deepspeed_plugin)
     return live

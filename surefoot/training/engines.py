@@ -34,8 +34,13 @@ def prepare(plan: Plan, model: Any, accelerator: Any) -> dict[str, Any]:
     live = _live(plan.machine, accelerator)
     if casts_itself(plan) and plan.train.precision in DTYPES:
         model.forward = _under_autocast(model.forward, accelerator.device.type, DTYPES[plan.train.precision])
+    if plan.machine.engine == "ddp":
+        accelerator.ddp_handler.gradient_as_bucket_view = True  # else every gradient is copied back out of its bucket
     if plan.machine.engine == "deepspeed":
-        pace.spare_deepspeeds_waits(accelerator.state.deepspeed_plugin.deepspeed_config)
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        pace.spare_deepspeeds_waits(config)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        config["zero_optimization"].setdefault("reduce_bucket_size", min(trained, 500_000_000))  # its own is 2 GB, made anew at each step
     if plan.machine.strategy == "zero3":
         _gather_by_layer(model, accelerator.state.deepspeed_plugin)
     return live

@@ -233,6 +233,16 @@ def test_evaluation_when_it_comes_in_between_then_dropout_is_off_in_it_and_on_be
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_host_when_a_step_is_neither_logged_nor_saved_then_waits_for_nothing(engine: str, rows: Path, tmp_path: Path) -> None:
+    flags = {**flags_of(Cell("dora", "none", engine, False, False)), "optim": "adamw_torch_fused", "logging_steps": 100, "val_set_size": 0}
+    flags |= {"data_path": rows, "output_dir": tmp_path / "run", "save_step": 100}
+    done = launch(NAMES.get(engine, engine), words(flags), script="tests/engine_waits.py", env={"WAITS": str(tmp_path / "waits")})
+    assert done.returncode == 0, why(done)
+    assert json.loads((tmp_path / "waits").read_text()) == ["watched"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_masters_when_an_engine_trains_in_bf16_then_are_fp32_in_forward_gradient_and_optimizer(
     engine: str, rows: Path, tmp_path: Path
 ) -> None:

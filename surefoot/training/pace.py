@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import masking_utils
 
 
 def spare_walks(model: Any, inner: Any, trained: list[torch.nn.Parameter]) -> None:
@@ -25,6 +28,25 @@ def spare_walks(model: Any, inner: Any, trained: list[torch.nn.Parameter]) -> No
             parameter.grad = None
 
     model.train, model.zero_grad = train, zero_grad
+
+
+@contextlib.contextmanager
+def positions_of_single_rows() -> Iterator[None]:
+    """While entered, no row is taken for a packed one.
+
+    transformers asks the device at each pass whether the positions that its model has just counted restart (masking_utils.py:755 of
+    5.17.0), and the host waits for the answer.
+    """
+    plain = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = _never
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = plain
+
+
+def _never(_positions: torch.Tensor) -> None:
+    return None
 
 
 def spare_deepspeeds_waits(config: dict[str, Any]) -> None:

@@ -35,8 +35,9 @@ class Machine:
     """What this process can see. `engine` is single, ddp, deepspeed or fsdp, as the launcher's environment names it.
 
     local_world_size counts the processes of this host; is_launched: a launcher started this process as one of a group, if of one;
-    has_profile: or accelerate started it alone; the launcher_* and offloads are what its profile says, None where it leaves them to the
-    flags; command: how the program was started; stop_file: where a launcher leaves word that the run is to stop (SUREFOOT_STOP_FILE).
+    has_profile: or accelerate started it alone; is_cut_short: alone, though it was asked for several; the launcher_* and offloads are
+    what its profile says, None where it leaves them to the flags; command: how the program was started; stop_file: where a launcher
+    leaves word that the run is to stop (SUREFOOT_STOP_FILE).
     """
 
     hostname: str
@@ -53,6 +54,7 @@ class Machine:
     local_world_size: int = 1
     is_launched: bool = False
     has_profile: bool = False
+    is_cut_short: bool = False
     engine: str = "single"
     zero_stage: int | None = None
     fsdp_version: int = 2
@@ -111,6 +113,7 @@ def probe() -> Machine:
         local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))),
         is_launched="LOCAL_RANK" in env,
         has_profile="LOCAL_RANK" in env or "ACCELERATE_USE_CPU" in env,
+        is_cut_short=_is_cut_short(),
         engine=_engine(),
         **_profile(),
         command=tuple(sys.argv) if Path(sys.argv[0]).name == "finetune.py" else (),
@@ -150,6 +153,21 @@ def _engine() -> str:
     if env.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return "fsdp"
     return "ddp" if int(env.get("WORLD_SIZE", "1")) > 1 else "single"
+
+
+def _is_cut_short() -> bool:
+    """True where accelerate was asked for several processes, and its profile (distributed_type NO) made it start one without a word.
+
+    Of the number it hands on only where they were to meet (prepare_simple_launcher_cmd_env of 1.15), which it had not been given itself.
+    """
+    env, parent = os.environ, Path(f"/proc/{os.getppid()}")
+    if "LOCAL_RANK" in env or not {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        return False
+    try:
+        line, given = (parent / "cmdline").read_bytes(), (parent / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"accelerate" in line and any(f"{name}={env[name]}".encode() not in given for name in ("MASTER_ADDR", "MASTER_PORT"))
 
 
 def _profile() -> dict[str, Any]:

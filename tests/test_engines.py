@@ -20,7 +20,7 @@ import torch
 from finetune import train
 from surefoot import support
 from surefoot.support import Cell
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TRAIN_ROWS
 from tests.runs import logs, quick, tensors, words
 
 NAMES = {"zero2": "ds_zero2", "zero3": "ds_zero3"}  # profiles that are not called as their engine
@@ -167,6 +167,19 @@ def test_profile_when_it_is_of_one_process_then_runs_one(profile: str, rows: Pat
     assert logs(tmp_path / "run", "loss") == logs(alone(cell), "loss")
 
 
+@pytest.mark.parametrize(("processes", "env", "code"), [(2, {}, 2), (None, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, 0)])
+def test_profile_of_one_when_several_are_asked_for_then_refuses_in_one_line(
+    processes: int | None, env: dict[str, str], code: int, tmp_path: Path
+) -> None:
+    """accelerate starts one without a word; an address that was there before, as under SLURM, asks for nothing."""
+    flags = words(quick(data_path=TRAIN_ROWS, output_dir=tmp_path / "run", dry_run=True))
+    done = launch("cpu", flags, processes=processes, env=env)
+    said = [line for line in done.stderr.splitlines() if line.startswith("finetune.py: ")]
+    assert (f"non-zero exit status {code}" in done.stderr) == bool(code), done.stderr
+    assert len(said) == bool(code)
+    assert not said or said[0].startswith("finetune.py: accelerate was asked for several processes and started one")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_cpu_2proc_when_launched_without_a_number_then_runs_two(
@@ -184,14 +197,48 @@ def test_zero3_when_offloaded_then_is_as_one(method: str, rows: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
-def test_step_when_it_is_not_finite_under_an_engine_then_all_end_with_4(engine: str, rows: Path, tmp_path: Path) -> None:
-    """FSDP2 skips the step and keeps it with the whole adapter; DeepSpeed has used it when it is judged."""
-    flags = {**flags_of(Cell("dora", "none", engine, False, False)), "learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0}
-    done = launch(NAMES.get(engine, engine), words({**flags, "max_bad_steps": 1, "data_path": rows, "output_dir": tmp_path / "run"}))
+@pytest.mark.parametrize(
+    ("engine", "optim", "clips", "logging"),
+    [("zero2", "auto", 0, 1), ("zero2", "auto", 1, 100), ("zero3", "auto", 1, 100), ("fsdp2", "auto", 0, 1), ("fsdp2", "adamw_torch_fused", 1, 100)],
+)  # fmt: skip
+def test_step_when_it_is_not_finite_under_an_engine_then_all_end_with_4(
+    engine: str, optim: str, clips: int, logging: int, rows: Path, tmp_path: Path
+) -> None:
+    """FSDP2 skips the step and keeps it with the whole adapter; DeepSpeed has used it when it is judged, with or without a log to wait for."""
+    flags = {**flags_of(Cell("dora", "none", engine, False, False)), "learning_rate": 1e30, "max_grad_norm": clips, "warmup_steps": 0}
+    flags |= {"optim": optim, "logging_steps": logging, "max_bad_steps": 1, "data_path": rows, "output_dir": tmp_path / "run"}
+    done = launch(NAMES.get(engine, engine), words(flags))
     assert re.findall(r"exitcode +: (-?\d+)", done.stderr) == ["4", "4"], why(done)
     assert done.stderr.count("finetune.py: step 2: the ") == 1
     assert (tmp_path / "run/bad_steps/step-2/adapter_model.safetensors").exists() == (engine == "fsdp2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_evaluation_when_it_comes_in_between_then_dropout_is_off_in_it_and_on_behind_it(engine: str, rows: Path, tmp_path: Path) -> None:
+    flags = {**flags_of(Cell("dora", "none", engine, False, False)), "lora_dropout": 0.5, "data_path": str(rows)}
+    runs = {
+        "plain": {"eval_strategy": "no"},
+        "evaluated": {"eval_strategy": "steps", "eval_step": 2},
+        "again": {"eval_strategy": "steps", "eval_step": 3},
+    }
+    (tmp_path / "runs.json").write_text(
+        json.dumps([flags | {"output_dir": str(tmp_path / name)} | more for name, more in runs.items()], default=str)
+    )
+    done = launch(NAMES.get(engine, engine), [str(tmp_path / "runs.json")], script="tests/engine_cells.py")
+    assert done.returncode == 0, why(done)
+    assert logs(tmp_path / "plain", "loss") == logs(tmp_path / "evaluated", "loss") == logs(tmp_path / "again", "loss")
+    assert logs(tmp_path / "evaluated", "eval_loss")[-1] == logs(tmp_path / "again", "eval_loss")[-1], "no dropout, hence the same twice"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_host_when_a_step_is_neither_logged_nor_saved_then_waits_for_nothing(engine: str, rows: Path, tmp_path: Path) -> None:
+    flags = {**flags_of(Cell("dora", "none", engine, False, False)), "optim": "adamw_torch_fused", "logging_steps": 100, "val_set_size": 0}
+    flags |= {"data_path": rows, "output_dir": tmp_path / "run", "save_step": 100}
+    done = launch(NAMES.get(engine, engine), words(flags), script="tests/engine_waits.py", env={"WAITS": str(tmp_path / "waits")})
+    assert done.returncode == 0, why(done)
+    assert json.loads((tmp_path / "waits").read_text()) == ["watched"]
 
 
 @pytest.mark.slow

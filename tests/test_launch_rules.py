@@ -54,6 +54,8 @@ def refusal(on: Machine, config: object = None, **flags: object) -> str:
         (group(4, 1, engine="fsdp"), "3 of 4 GPUs would be idle under 1 process. Type: accelerate launch --config_file profiles/fsdp2.yaml --num_processes 4"),
         (group(4, 1, is_launched=False), "--config_file profiles/ddp.yaml --num_processes 4"),
         (group(1, 1), "a profile for many processes was launched with one. Type: accelerate launch --config_file profiles/single.yaml finetune.py"),
+        (group(1, 1, is_launched=False, is_cut_short=True), "asked for several processes and started one, as this profile makes it do. Type: accelerate launch --config_file profiles/single.yaml finetune.py"),
+        (group(0, 1, is_launched=False, is_cut_short=True), "finetune.py ..., or with profiles/cpu_2proc.yaml for two processes"),
         (group(0, 1, engine="deepspeed", zero_stage=3), "launched with one. Type: accelerate launch --config_file profiles/cpu.yaml finetune.py"),
         (group(8, 4, world_size=8), "--num_processes 16 --num_machines 2 --machine_rank R --main_process_ip HOST finetune.py"),
     ],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from finetune import train
-from surefoot.training.loop import _spare_walks
+from surefoot.training.pace import spare_walks
 from tests.runs import logs, quick
 
 
@@ -23,7 +25,7 @@ class Wrapped(torch.nn.Module):
 
 def made() -> Wrapped:
     model = Wrapped()
-    _spare_walks(model, model.module, [model.module[0].bias])
+    spare_walks(model, model.module, [model.module[0].bias])
     return model
 
 
@@ -37,6 +39,34 @@ def test_mode_when_the_model_came_or_was_put_into_eval_then_train_reaches_every_
     model.module.append(torch.nn.Dropout(0.5))
     model.eval()
     assert not any(part.training for part in model.modules())
+
+
+class Engine(torch.nn.Module):
+    """As DeepSpeed's: it stays in training mode and sets that of its module alone, with train() and eval() of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = torch.nn.Sequential(torch.nn.Dropout(0.5))
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        self.module.train(mode)
+
+    def eval(self) -> None:  # type: ignore[override]
+        self.module.train(False)
+
+
+@pytest.mark.parametrize(
+    "evaluates", [lambda engine: engine.eval(), lambda engine: engine.module.eval(), lambda engine: engine.train(False)]
+)
+def test_mode_when_an_engine_keeps_its_own_then_its_module_goes_to_eval_and_back(evaluates: Callable[[Engine], object]) -> None:
+    engine = Engine()
+    spare_walks(engine, engine.module, [])
+    for _ in range(2):
+        evaluates(engine)
+        assert not any(part.training for part in engine.module.modules())
+        engine.module.append(torch.nn.Dropout(0.5))
+        engine.train()
+        assert all(part.training for part in engine.module.modules())
 
 
 def test_zero_grad_when_called_then_no_gradient_is_left() -> None:

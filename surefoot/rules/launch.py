@@ -38,6 +38,12 @@ def processes(desk: Desk) -> None:
             f"{gpus - local} of {gpus} GPUs would be idle under {local} process{'es' if local > 1 else ''}. Type: {fitting} "
             f"(or hide them: put CUDA_VISIBLE_DEVICES={some} before your command)"
         )
+    elif m.is_cut_short:
+        several = "" if gpus else ", or with profiles/cpu_2proc.yaml for two processes"
+        desk.problems.append(
+            "accelerate was asked for several processes and started one, as this profile makes it do. "
+            f"Type: {command(m, 'single' if gpus else 'cpu', 1)}{several}"
+        )
     elif m.is_launched and m.world_size == 1 and not m.offloads:
         alone = "single" if gpus else "cpu"
         desk.problems.append(f"a profile for many processes was launched with one. Type: {command(m, alone, 1)}")

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from surefoot.errors import BackendError
 from surefoot.machine import Machine
 from surefoot.plan import Plan
+from surefoot.training import pace
 from surefoot.training.arguments import casts_itself
 from surefoot.training.health import trainable
 
@@ -33,6 +34,13 @@ def prepare(plan: Plan, model: Any, accelerator: Any) -> dict[str, Any]:
     live = _live(plan.machine, accelerator)
     if casts_itself(plan) and plan.train.precision in DTYPES:
         model.forward = _under_autocast(model.forward, accelerator.device.type, DTYPES[plan.train.precision])
+    if plan.machine.engine == "ddp":
+        accelerator.ddp_handler.gradient_as_bucket_view = True  # else every gradient is copied back out of its bucket
+    if plan.machine.engine == "deepspeed":
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        pace.spare_deepspeeds_waits(config)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        config["zero_optimization"].setdefault("reduce_bucket_size", min(trained, 500_000_000))  # its own is 2 GB, made anew at each step
     if plan.machine.strategy == "zero3":
         _gather_by_layer(model, accelerator.state.deepspeed_plugin)
     return live

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from surefoot import checkpoint
 from surefoot.errors import NumericsError
-from surefoot.training import bad_steps, engines, guard
+from surefoot.training import bad_steps, engines, guard, pace
 from surefoot.training.bad_steps import Culprit, Report
 from surefoot.training.guard import Guard, MicroBatch, Pending, StepNumbers
 from surefoot.training.health import is_decayed
@@ -33,7 +33,7 @@ class SurefootTrainer(ResumableTrainer):
     stop_reason: str | None = None
     _tokens: torch.Tensor | None = None
     _pending: Pending | None = None
-    _trained: list[torch.nn.Parameter] | None = None
+    _trained: list[torch.nn.Parameter]
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.ledger.meter.count(inputs.pop("lengths"), inputs["input_ids"].shape)
@@ -48,15 +48,15 @@ class SurefootTrainer(ResumableTrainer):
 
     def _prepare_for_training(self, *args: Any, **named: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **named)
-        if self.engine in ("single", "ddp"):
-            self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            _spare_walks(model, self.accelerator.unwrap_model(model), self._trained)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        pace.spare_walks(model, self.accelerator.unwrap_model(model), self._trained)
         return model, loader
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        if self._trained is None:
-            return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+    def _clip_grad_norm(self, model: Any, limit: float | None = None) -> Any:
+        """The norm before clipping, on the device (DeepSpeed has clipped); transformers' own walks through the frozen tensors too."""
+        if self.engine == "deepspeed":
+            return model.get_global_grad_norm()
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm if limit is None else limit)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """transformers' own counts the parameters anew for every pass."""
@@ -74,23 +74,24 @@ class SurefootTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last thing before optimizer.step, on every rank: where the step is judged.
 
-        A fused AdamW skips a bad step on the device, so that the host need not wait for the numbers: it reads them one step later, when
-        the weights are still those that met the bad step.
+        A fused AdamW skips a bad step on the device, and DeepSpeed has stepped, so that the host need not wait for the numbers: it reads
+        them one step later. With a fused AdamW the weights are then still those that met the bad step.
         """
         self.heartbeat.beat("update", self.state.global_step + 1)
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = self._clip_grad_norm(model, float("inf")) if grad_norm is None else grad_norm
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: each rank has its share of the sum
         measured = self.guard.measure(norm, self._tokens, stops=self.request.is_asked())
         step, window, self.guard.window = self.state.global_step + 1, self.guard.window, []
         fused = self._fused_optimizer()
-        if fused is None:
+        if fused is None and (self.engine != "deepspeed" or self.loss_spike == "stop"):
             self._judge(step, guard.read(measured), window)
         else:
             self.settle()
-            fused.found_inf = guard.is_bad(measured)
+            if fused is not None:
+                fused.found_inf = guard.is_bad(measured)
             self._pending = guard.send(step, measured, window) if self.stop_reason is None else None
         if self.stop_reason is not None or self.guard.bad_steps[-1:] == [step]:
-            for parameter in model.parameters():  # makes optimizer.step a step of nothing: no update, no decay, no moment changes
+            for parameter in self._trained:  # makes optimizer.step a step of nothing: no update, no decay, no moment changes
                 parameter.grad = None
         return norm
 
@@ -98,11 +99,7 @@ class SurefootTrainer(ResumableTrainer):
         """The optimizer, where it can skip a step by itself and no step must be judged before it is taken."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         is_fused = isinstance(inner, torch.optim.AdamW) and bool(inner.defaults.get("fused"))
-        return (
-            inner
-            if is_fused and self.accelerator.scaler is None and self.engine in ("single", "ddp") and self.loss_spike != "stop"
-            else None
-        )
+        return inner if is_fused and self.accelerator.scaler is None and self.engine != "deepspeed" and self.loss_spike != "stop" else None
 
     def settle(self) -> None:
         """Judges the step whose numbers are on their way."""
@@ -226,22 +223,3 @@ class SurefootTrainer(ResumableTrainer):
             self.model.config.use_cache = False
         self.processing_class.save_pretrained(folder)
         checkpoint.share(folder)
-
-
-def _spare_walks(model: Any, inner: Any, trained: list[torch.nn.Parameter]) -> None:
-    """Gives the model its engine's train() and zero_grad() without their walks over thousands of modules and frozen tensors at every pass.
-
-    Args:
-        model: as the engine wrapped it; inner: as it was, which evaluation sets to eval() alone.
-    """
-    set_mode = model.train
-    set_mode()
-
-    def train(mode: bool = True) -> Any:
-        return model if mode and model.training and inner.training else set_mode(mode)  # eval() reaches modules added since
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in trained:
-            parameter.grad = None
-
-    model.train, model.zero_grad = train, zero_grad

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from surefoot.errors import BackendError, NumericsError
 from surefoot.plan import Plan
 from surefoot.signals import StopRequest
-from surefoot.training import compiling, engines, gpu_memory, leak, saved
+from surefoot.training import compiling, engines, gpu_memory, leak, pace, saved
 from surefoot.training.arguments import training_arguments
 from surefoot.training.checkpoints import Saver, disk_complaint, read_torch_files_anywhere
 from surefoot.training.guard import Guard
@@ -44,7 +44,8 @@ def train(plan: Plan, model: Any, tokenizer: Any, data: Any, collator: Any, requ
     request.leave_if_asked()
     trainer = _trainer(plan, model, tokenizer, data, collator)
     trainer.request = request
-    with _explained(plan, trainer.heartbeat), trainer.heartbeat:
+    positions = pace.positions_of_single_rows() if data.packed is None else contextlib.nullcontext()
+    with _explained(plan, trainer.heartbeat), trainer.heartbeat, positions:
         return _train(plan, trainer, model, data)
 
 

@@ -9,7 +9,7 @@ from surefoot import adapters, loftq, weights
 from surefoot.attention import packed
 from surefoot.data import packing, rows
 from surefoot.ops import head
-from surefoot.ops.fuse import fuse
+from surefoot.ops.fuse import fuse, spare_down
 from surefoot.plan import Plan
 
 
@@ -42,6 +42,8 @@ def assemble(plan: Plan, backend: Any, data: Any, vocabulary_size: int, pad_toke
     model = _adapted(model, plan, backend, say)
     if model_plan.fused_adapters:
         say(fuse(model, in_pieces=plan.machine.cuts_weights).line())
+    if model_plan.spares_down:
+        say(f"recompute: {spare_down(model)} decoder layers can leave out down_proj's product")
     collator: Any = packing.collator(data, rows.Collator(pad_token_id=pad_token_id))
     if model_plan.fused_loss:
         head.use_head_loss(model, compiled=model_plan.enable_torch_compile)

@@ -86,7 +86,7 @@ def _forward(x: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor],
     product = swiglu(gate, up, *(factors or (None, None)))
     u_down = product @ a[1].t()
     raw = recomputed.product(
-        lambda: raw_product(product, *out(), u_down, b[2]),
+        lambda: raw_product(product, out()[0], u_down, b[2]),
         lambda: x.new_full((x.shape[0], b[2].shape[0]), float("nan")),  # not zeros: whoever used it would be told
         is_needed=bool(factors),
     )

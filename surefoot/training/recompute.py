@@ -23,7 +23,7 @@ def recompute(model: Any, count: int, offload_inputs: bool = False) -> None:
     """
     if count == 0:
         return
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not base.supports_gradient_checkpointing:
         raise BackendError(f"{type(base).__name__} cannot recompute activations. Use --use_gradient_checkpointing=False")
     base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -31,7 +31,7 @@ def recompute(model: Any, count: int, offload_inputs: bool = False) -> None:
     checkpointing = [module for module in base.modules() if hasattr(module, "_gradient_checkpointing_func")]
     inputs, products = (HostMemory(), HostMemory()) if offload_inputs else (None, None)
     for module in checkpointing:
-        run = module._gradient_checkpointing_func
+        run: Any = module._gradient_checkpointing_func
         if passes := getattr(module, "recompute_passes", None):
             run = partial(run, context_fn=partial(passes, products.park, products.bring_back) if products else passes)
         module._gradient_checkpointing_func = inputs.around(run) if inputs else run

@@ -28,8 +28,7 @@ TINY = {
 PARTITIONED = "aot_eager_decomp_partition"  # torch.compile's graphs and what they keep, without its code
 
 
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def counted_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of W^T in every base product of the fused layers (not of their input gradients, whose W is not transposed)."""
     made: list[tuple[int, ...]] = []
     plain = torch.Tensor.addmm_
@@ -41,6 +40,11 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(torch.Tensor, "addmm_", counting)
     return made
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    return counted_products(monkeypatch)
 
 
 def fused(method: str = "dora", backend: str | None = None, quantization: str = "none", dtype: torch.dtype = torch.float32) -> Any:

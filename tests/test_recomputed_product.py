@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from surefoot import adapters
 from surefoot.ops import fuse as fusing
 from surefoot.ops import quantized, recomputed
 from surefoot.ops.fuse import fuse, spare_down
+from surefoot.training import bad_steps
+from surefoot.training.guard import MicroBatch, random_state
 from surefoot.training.recompute import recompute
 from tests.test_adapters import adapter_plan
 from tests.test_fused_layers import IDS, adapted, disturbed, furthest, trained_on
@@ -200,6 +203,16 @@ def test_output_when_a_backward_pass_does_need_it_then_the_gradient_is_nan_and_n
     assert spare_down(model) == 2
     recompute(model, -1)
     assert any(bool(gradient.isnan().any()) for name, gradient in trained_on(model).items() if name != "loss")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("backend", [None, PARTITIONED])
+def test_bad_steps_rerun_when_layers_recompute_then_finds_nothing_in_a_healthy_model(method: str, backend: str | None) -> None:
+    model = recomputing(method, backend)
+    batch = MicroBatch({"input_ids": IDS, "labels": IDS}, torch.arange(2), torch.tensor(0.0), random_state())
+    found = bad_steps.rerun(model, batch, nullcontext)
+    assert found.culprit is None
+    assert 0 < found.grad_norm < float("inf")
 
 
 def test_layers_when_their_adapters_drop_inputs_then_recompute_as_before() -> None:

@@ -43,7 +43,7 @@ def assemble(plan: Plan, backend: Any, data: Any, vocabulary_size: int, pad_toke
     if model_plan.fused_adapters:
         say(fuse(model, in_pieces=plan.machine.cuts_weights).line())
     if model_plan.spares_down:
-        say(f"recompute: {spare_down(model)} decoder layers can leave out down_proj's product")
+        say(f"recompute: {spare_down(model)} decoder layers can leave out down_proj")
     collator: Any = packing.collator(data, rows.Collator(pad_token_id=pad_token_id))
     if model_plan.fused_loss:
         head.use_head_loss(model, compiled=model_plan.enable_torch_compile)

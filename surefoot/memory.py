@@ -81,7 +81,7 @@ def estimate(decoder: Decoder, job: Job) -> Estimate:
     parts = {
         "activations": (decoder.layers - recomputed) * layer,
         "layer_inputs": here * _layer_input(decoder, job),
-        "kept_products": here * _kept_product(decoder, job),
+        "kept_products": here * _kept_product(decoder, job) + recomputed * _kept_low_rank(job),
         "layer_backward": backward + (layer if recomputed == decoder.layers else 0),
         "head": int(_head(decoder, job)),
     }
@@ -114,6 +114,11 @@ def _layer_input(decoder: Decoder, job: Job) -> int:
 def _kept_product(decoder: Decoder, job: Job) -> int:
     """down_proj's raw product of a recomputing layer, for the gradient of DoRA's magnitude."""
     return (2 if job.is_cast else 4) * decoder.hidden * job.tokens if job.spares_down and job.method == "dora" else 0
+
+
+def _kept_low_rank(job: Job) -> int:
+    """down_proj's x A^T of a recomputing layer, which stays on the GPU."""
+    return (2 if job.is_cast else 4) * job.lora_r * job.tokens if job.spares_down else 0
 
 
 def _embedding_weights(decoder: Decoder) -> int:

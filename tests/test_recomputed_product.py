@@ -1,4 +1,4 @@
-"""down_proj's product in layers that recompute: made once a pass, what is kept of it, and the gradients of the layers that do not recompute."""
+"""Layers that recompute without down_proj: its products a pass, what is kept of them, and the gradients of layers that keep everything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2
 
 from surefoot import adapters
 from surefoot.ops import fuse as fusing
-from surefoot.ops import quantized, recomputed
+from surefoot.ops import mlp, quantized, recomputed, swiglu
 from surefoot.ops.fuse import fuse, spare_down
 from surefoot.training import bad_steps
 from surefoot.training.guard import MicroBatch, random_state
@@ -86,6 +86,13 @@ def test_down_when_layers_recompute_then_is_multiplied_once_and_no_gradient_chan
         products.clear()
         assert same(trained_on(model, bf16), wanted)
         assert (products.count((704, 256)), products.count((256, 704))) == (LAYERS, 4 * LAYERS)
+
+
+def test_swiglu_when_layers_recompute_then_is_computed_once_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+    monkeypatch.setattr(mlp, "swiglu", lambda *words: calls.append(words[0]) or swiglu.swiglu(*words))
+    trained_on(recomputing())
+    assert len(calls) == LAYERS
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -91,7 +91,7 @@ def fuse(model: Any, *, in_pieces: bool = False) -> Fused:
 
 
 def spare_down(model: Any) -> int:
-    """Lets the decoder layers, where they recompute, leave out down_proj's product; returns how many will.
+    """Lets the decoder layers, where they recompute, end with gate and up; returns how many will.
 
     Those whose MLP is one operation and whose output is the residual stream with the MLP's added: no backward pass needs it.
     """

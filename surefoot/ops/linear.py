@@ -127,13 +127,8 @@ def products(x: Tensor, weights: list[Tensor], a: Tensor, b: list[Tensor]) -> li
     u = x @ a.t()
     outputs = [u]
     for weight, up, part in zip(weights, b, u.chunk(len(weights), dim=1), strict=True):
-        outputs.append(raw_product(x, weight, part, up))
+        outputs.append((part @ up.t()).addmm_(x, weight.t()))
     return outputs
-
-
-def raw_product(x: Tensor, weight: Tensor, u: Tensor, b: Tensor) -> Tensor:
-    """x W^T + u B^T. B holds the scale."""
-    return (u @ b.t()).addmm_(x, weight.t())
 
 
 def low_rank_gradients(gradients: list[Tensor], u: Tensor, b: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -35,8 +35,8 @@ class _Way(NamedTuple):
 
 
 def recompute(desk: Desk, values: Mapping[str, Any]) -> Iterator[Choice]:
-    """The flag as it was given, how many layers recompute because of it, where their inputs wait, and whether they make down_proj's product
-    again. Leaves the estimate on the desk.
+    """The flag as it was given, how many layers recompute because of it, where their inputs wait, and whether they leave out
+    down_proj. Leaves the estimate on the desk.
 
     Args:
         values: everything decided before, by name.
@@ -72,7 +72,7 @@ def _way(desk: Desk, plain: Estimate | None, obstacle: str, *, spares: bool) -> 
 
 
 def _must_repeat(desk: Desk, values: Mapping[str, Any]) -> str:
-    """Why recomputing layers make down_proj's product again, empty if they need not."""
+    """Why recomputing layers compute down_proj again, empty if they need not."""
     found, targets = text_model(desk), values["target_modules"]
     if not values["fused_adapters"]:
         return "PEFT's own layers make every product again" if values["method"] != "full" else "every weight is trained"

@@ -42,8 +42,6 @@ def assemble(plan: Plan, backend: Any, data: Any, vocabulary_size: int, pad_toke
     model = _adapted(model, plan, backend, say)
     if model_plan.fused_adapters:
         say(fuse(model, in_pieces=plan.machine.cuts_weights).line())
-    if model_plan.spares_down:
-        say(f"recompute: {spare_down(model)} decoder layers can leave out down_proj")
     collator: Any = packing.collator(data, rows.Collator(pad_token_id=pad_token_id))
     if model_plan.fused_loss:
         head.use_head_loss(model, compiled=model_plan.enable_torch_compile)
@@ -52,6 +50,8 @@ def assemble(plan: Plan, backend: Any, data: Any, vocabulary_size: int, pad_toke
         count = adapters.compile_layers(model, in_pieces=plan.machine.cuts_weights)
         say(f"torch.compile: {count} decoder layers, compiled at their first step")
     kernels = backend.kernels(model)
+    if model_plan.spares_down:
+        kernels = [*kernels, f"recompute without down_proj in {spare_down(model, model_plan.recompute_layers)} layers"]
     say(f"active: {'; '.join(kernels)}")
     return Assembled(model, collator, kernels, zero_rows)
 

@@ -247,6 +247,8 @@ def test_run_when_k_layers_recompute_then_those_run_twice_and_the_adapter_is_the
     assert [calls[index] for index in range(4)] == [passes * (2 if index < again else 1) for index in range(4)]
     record = json.loads((folder / "run.json").read_text())
     assert (record["plan"]["model"]["recompute_layers"], record["plan"]["model"]["spares_down"]) == (again, again > 0)
+    active = json.loads((folder / "backend.json").read_text())["kernels"]
+    assert (f"recompute without down_proj in {again} layers" in active) == (again > 0)
     memory = record["summary"]["memory"]
     assert memory["planned_gib"] == round(record["plan"]["memory"]["bytes"]["total"] / 2**30, 3)
     assert 0 < memory["estimated_gib"] <= memory["planned_gib"]

@@ -90,16 +90,19 @@ def fuse(model: Any, *, in_pieces: bool = False) -> Fused:
     return fused
 
 
-def spare_down(model: Any) -> int:
-    """Lets the decoder layers, where they recompute, end with gate and up; returns how many will.
+def spare_down(model: Any, count: int = -1) -> int:
+    """Lets the first `count` decoder layers (-1: all), where they recompute, end with gate and up; returns how many will.
 
     Those whose MLP is one operation and whose output is the residual stream with the MLP's added: no backward pass needs it.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers = [layer for layer in inner.modules() if type(layer).__name__ in ADDING_LAYERS and isinstance(layer.mlp, FusedMLP)]
-    for layer in layers:
+    layers = [
+        layer for layer in inner.modules() if type(layer).__name__ in ADDING_LAYERS and isinstance(getattr(layer, "mlp", None), FusedMLP)
+    ]
+    sparing = layers if count < 0 else layers[:count]
+    for layer in sparing:
         layer.recompute_passes = recomputed.passes
-    return len(layers)
+    return len(sparing)
 
 
 def _norms_by_layer(inner: Any) -> list[Norms]:

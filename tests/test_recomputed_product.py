@@ -73,9 +73,13 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     return all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", [None, PARTITIONED, pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", ["lora", "dora"])
+WAYS = [(method, None, bf16) for method in ("lora", "dora") for bf16 in (False, True)] + [("dora", PARTITIONED, True)]
+SLOW_WAYS = [("dora", PARTITIONED, False), ("lora", PARTITIONED, True)] + [
+    (one, "inductor", b) for one in ("lora", "dora") for b in (True, False)
+]
+
+
+@pytest.mark.parametrize(("method", "backend", "bf16"), [*WAYS, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW_WAYS)])
 def test_down_when_layers_recompute_then_is_multiplied_once_and_no_gradient_changes(
     method: str, backend: str | None, bf16: bool, products: list[tuple[int, ...]]
 ) -> None:
@@ -126,7 +130,7 @@ def test_nf4_weight_of_down_when_layers_recompute_then_is_unpacked_twice_and_not
 
 
 @pytest.mark.parametrize(("method", "expected"), [("lora", []), ("dora", [4, 3, 2, 1])])
-@pytest.mark.parametrize("backend", [None, PARTITIONED])
+@pytest.mark.parametrize("backend", [None, pytest.param(PARTITIONED, marks=pytest.mark.slow)])
 def test_kept_products_when_the_backward_pass_goes_through_the_layers_then_there_is_one_a_layer_before_it(
     method: str, expected: list[int], backend: str | None
 ) -> None:

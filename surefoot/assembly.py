@@ -9,7 +9,7 @@ from surefoot import adapters, loftq, weights
 from surefoot.attention import packed
 from surefoot.data import packing, rows
 from surefoot.ops import head
-from surefoot.ops.fuse import fuse
+from surefoot.ops.fuse import fuse, spare_down
 from surefoot.plan import Plan
 
 
@@ -50,6 +50,8 @@ def assemble(plan: Plan, backend: Any, data: Any, vocabulary_size: int, pad_toke
         count = adapters.compile_layers(model, in_pieces=plan.machine.cuts_weights)
         say(f"torch.compile: {count} decoder layers, compiled at their first step")
     kernels = backend.kernels(model)
+    if model_plan.spares_down:
+        kernels = [*kernels, f"recompute without down_proj in {spare_down(model, model_plan.recompute_layers)} layers"]
     say(f"active: {'; '.join(kernels)}")
     return Assembled(model, collator, kernels, zero_rows)
 

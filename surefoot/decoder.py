@@ -73,6 +73,7 @@ class Job:
     is_ddp: bool
     recompute_layers: int = 0
     offload_inputs: bool = False
+    spares_down: bool = False
 
     @property
     def tokens(self) -> int:

@@ -17,7 +17,7 @@ WEIGHT_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / 64 / 256, "int8": 1.0, "fp32": 4.0, "b
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2}  # of both moments of one parameter; otherwise fp32
 CHUNK = {True: 2**28, False: 2**26}  # logits that the chunked loss holds at once, compiled or not: ops/loss.py
 CHUNK_BYTES = {True: 6, False: 20}  # of one of these, with its gradient and the chunk's before it
-ON_THE_WAY = 3  # layer inputs that are on their way to or from host memory, when they wait there
+ON_THE_WAY = 3  # layer inputs, or kept products, that are on their way to or from host memory, when they wait there
 WORKSPACE = 0.1 * GIB  # of cuBLAS
 ROUNDING = 0.005  # of what is allocated during a step: the allocator's blocks
 
@@ -35,6 +35,7 @@ class Estimate:
     optimizer_state: int
     activations: int
     layer_inputs: int
+    kept_products: int
     layer_backward: int
     head: int
     overhead: int
@@ -58,24 +59,29 @@ class Estimate:
 
     @property
     def in_host_memory(self) -> int:
-        """Bytes of layer inputs that wait in pinned host memory."""
-        job = self.job
-        return min(job.recompute_layers, self.decoder.layers) * 4 * self.decoder.hidden * job.tokens if job.offload_inputs else 0
+        """Bytes of layer inputs and kept products that wait in pinned host memory."""
+        if not self.job.offload_inputs:
+            return 0
+        return min(self.job.recompute_layers, self.decoder.layers) * (
+            _layer_input(self.decoder, self.job) + _kept_product(self.decoder, self.job)
+        )
 
     def at(self, **changed: Any) -> Estimate:
-        """The same job with other rows, length, recompute_layers or offload_inputs."""
+        """The same job with other rows, length, recompute_layers, offload_inputs or spares_down."""
         return estimate(self.decoder, dataclasses.replace(self.job, **changed))
 
 
 def estimate(decoder: Decoder, job: Job) -> Estimate:
     """The bytes of one process at the peak of its steps."""
     recomputed = min(job.recompute_layers, decoder.layers)
+    here = min(recomputed, ON_THE_WAY) if job.offload_inputs else recomputed  # whose inputs and products are on the GPU
     layer = int(sum(kept(decoder, job).values()))
     backward = max(_backward(decoder, job), _dora_norm(decoder, job))
     trained = trained_parameters(decoder, job) * 4
     parts = {
         "activations": (decoder.layers - recomputed) * layer,
-        "layer_inputs": (min(recomputed, ON_THE_WAY) if job.offload_inputs else recomputed) * 4 * decoder.hidden * job.tokens,
+        "layer_inputs": here * _layer_input(decoder, job),
+        "kept_products": here * _kept_product(decoder, job) + recomputed * _kept_low_rank(job),
         "layer_backward": backward + (layer if recomputed == decoder.layers else 0),
         "head": int(_head(decoder, job)),
     }
@@ -98,6 +104,21 @@ def trained_parameters(decoder: Decoder, job: Job) -> int:
         return decoder.layers * sum(one.weights for one in decoder.linears) + _embedding_weights(decoder)
     per_output = 1 if job.method == "dora" else 0
     return decoder.layers * sum(job.lora_r * (one.inputs + one.outputs) + per_output * one.outputs for one in job.adapted(decoder))
+
+
+def _layer_input(decoder: Decoder, job: Job) -> int:
+    """The residual stream before a layer, fp32."""
+    return 4 * decoder.hidden * job.tokens
+
+
+def _kept_product(decoder: Decoder, job: Job) -> int:
+    """down_proj's raw product of a recomputing layer, for the gradient of DoRA's magnitude."""
+    return (2 if job.is_cast else 4) * decoder.hidden * job.tokens if job.spares_down and job.method == "dora" else 0
+
+
+def _kept_low_rank(job: Job) -> int:
+    """down_proj's x A^T of a recomputing layer, which stays on the GPU."""
+    return (2 if job.is_cast else 4) * job.lora_r * job.tokens if job.spares_down else 0
 
 
 def _embedding_weights(decoder: Decoder) -> int:

@@ -40,6 +40,7 @@ class ModelPlan:
     fused_loss: bool
     recompute_layers: int  # the first so many decoder layers; -1: all of them
     offload_inputs: bool  # the inputs of recomputing layers wait in host memory
+    spares_down: bool = False  # recomputing layers leave out down_proj; a default, since records of older runs lack it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -262,3 +262,24 @@ def test_masters_when_an_engine_trains_in_bf16_then_are_fp32_in_forward_gradient
         assert made == [1, 1, 1], "of each step, though it has two passes, and each layer runs twice in each"
     kept = [probe["tensors"]["lora_B"]["kept"] for probe in probes]
     assert kept == ([512, 512] if engine in ("zero3", "fsdp2") else [1024, 1024])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_layers_when_they_recompute_without_down_then_losses_and_adapter_are_the_same(engine: str, rows: Path, tmp_path: Path) -> None:
+    runs = {f"{method}-{again}": flags_of(Cell(method, "none", engine, False, False)) for method in ("lora", "dora") for again in (0, 1)}
+    common = {"data_path": str(rows), "val_set_size": 0}
+    todo = [
+        {**flags, **common, "output_dir": str(tmp_path / name), "use_gradient_checkpointing": name[-1] == "1"}
+        for name, flags in runs.items()
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(todo, default=str))
+    done = launch(NAMES.get(engine, engine), [str(tmp_path / "runs.json")], script="tests/engine_cells.py")
+    assert done.returncode == 0, why(done)
+    for method in ("lora", "dora"):
+        plain, again = (tmp_path / f"{method}-{number}" for number in (0, 1))
+        planned = [json.loads((folder / "run.json").read_text())["plan"]["model"]["spares_down"] for folder in (plain, again)]
+        assert planned == [False, True]
+        assert "recompute without down_proj in 4 layers" in json.loads((again / "backend.json").read_text())["kernels"]
+        assert logs(again, "loss") == logs(plain, "loss")
+        assert all(torch.equal(tensor, tensors(plain)[name]) for name, tensor in tensors(again).items())

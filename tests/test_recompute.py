@@ -28,6 +28,7 @@ from tests.test_memory import LLAMA_8B
 
 ON_H200 = machine(gpus=(H200,))
 ROOM = 0.92 * 139.8  # GiB
+IN_BF16 = {**LLAMA_8B, "dtype": "bfloat16"}
 L4 = machine(gpus=(Gpu(name="NVIDIA L4", memory_gib=22.0, capability=(8, 9)),))
 
 
@@ -58,8 +59,65 @@ def test_auto_when_not_everything_fits_then_recomputes_the_fewest_layers(rows: i
     assert reason(made).endswith(f"{memory.gib:.1f} with it, 139.8 GiB less 8%: {count} of 32")
 
 
+PRODUCTS = 32 * 2 * 2048 * 4096 * 4  # bytes: bf16, 4 x 2,048 tokens
+
+
+@pytest.mark.parametrize("asked", [True, "offload"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_down_when_every_layer_recomputes_then_is_spared_and_what_dora_keeps_is_counted(method: str, asked: object) -> None:
+    made = plan(model=IN_BF16, adapter_name=method, use_gradient_checkpointing=asked, attn_implementation="sdpa")
+    assert made.memory is not None
+    assert made.model.spares_down
+    repeated = made.memory.at(spares_down=False)
+    in_host_memory = asked == "offload"
+    low_rank = 32 * 2 * made.memory.job.lora_r * 2048 * 4
+    kept = low_rank + (0 if method == "lora" else PRODUCTS * 3 // 32 if in_host_memory else PRODUCTS)
+    assert made.memory.kept_products == kept
+    assert made.memory.total - repeated.total == pytest.approx(kept, rel=0.01)
+    assert made.memory.in_host_memory - repeated.in_host_memory == (PRODUCTS if method == "dora" and in_host_memory else 0)
+    place = "in host memory" if in_host_memory else "2.0 GiB"
+    wanted = f"down_proj's product is kept for the magnitude's gradient ({place})"
+    assert reason(made, "spares_down") == (wanted if method == "dora" else "no backward pass needs down_proj's product")
+
+
+def test_down_when_its_products_do_not_fit_then_is_made_again() -> None:
+    fits = plan(model=IN_BF16, use_gradient_checkpointing=True).memory
+    assert fits is not None
+    gpu = Gpu(name="a GPU", memory_gib=(fits.gib - 1) / 0.92, capability=(9, 0))
+    made = plan(on=machine(gpus=(gpu,)), model=IN_BF16, use_gradient_checkpointing=True)
+    assert (made.model.recompute_layers, made.model.spares_down) == (32, False)
+    assert made.memory == fits.at(spares_down=False)
+    assert reason(made, "spares_down") == "the GPU has no room to keep down_proj's products"
+    lora = plan(on=L4, adapter_name="lora", per_device_train_batch_size=32, batch_size=32, use_gradient_checkpointing=True)
+    assert lora.model.spares_down  # it keeps nothing
+
+
+@pytest.mark.parametrize(
+    ("flags", "model", "says"),
+    [
+        ({"use_gradient_checkpointing": False}, LLAMA_8B, ""), ({"fused_adapters": False}, LLAMA_8B, "PEFT's own layers"),
+        ({"adapter_name": "full"}, LLAMA_8B, "every weight is trained"), ({"lora_dropout": 0.05}, LLAMA_8B, "with dropout"),
+        ({"target_modules": "q_proj,v_proj,down_proj"}, LLAMA_8B, "not all of gate_proj, up_proj, down_proj"),
+        ({"load_8bit": True}, LLAMA_8B, "int8"), ({}, {**LLAMA_8B, "mlp_bias": True}, "biases"),
+        ({}, {**LLAMA_8B, "hidden_act": "gelu"}, "no SwiGLU"), ({}, {**LLAMA_8B, "model_type": "olmo2"}, "model type olmo2 is not one"),
+        ({}, None, "model type None is not one of"),
+    ],
+)  # fmt: skip
+def test_down_when_the_layers_are_others_then_is_made_again_and_the_plan_says_why(flags: dict[str, Any], model: Any, says: str) -> None:
+    made = plan(model=model, **{"use_gradient_checkpointing": True, **flags})
+    assert not made.model.spares_down
+    assert says in reason(made, "spares_down")
+
+
+@pytest.mark.parametrize("engine", [{"engine": "deepspeed", "zero_stage": 3}, {"engine": "fsdp"}])
+def test_down_when_nothing_is_estimated_then_is_spared_all_the_same(engine: dict[str, Any]) -> None:
+    made = plan(on=machine(gpus=(H200, H200), world_size=2, **engine), use_gradient_checkpointing=True)
+    assert made.memory is None
+    assert made.model.spares_down
+    assert reason(made, "spares_down") == "down_proj's product is kept for the magnitude's gradient (of each layer)"
+
+
 RTX_4090 = machine(gpus=(Gpu(name="NVIDIA GeForce RTX 4090", memory_gib=23.6, capability=(8, 9)),), memory_gib=64.0)
-IN_BF16 = {**LLAMA_8B, "dtype": "bfloat16"}
 
 
 def test_auto_when_every_layer_recomputes_and_it_does_not_fit_then_their_inputs_wait_in_host_memory() -> None:
@@ -67,7 +125,8 @@ def test_auto_when_every_layer_recomputes_and_it_does_not_fit_then_their_inputs_
     assert made.memory is not None
     assert (made.model.recompute_layers, made.model.offload_inputs) == (32, True)
     assert made.memory.gib < 0.92 * 23.6 < made.memory.at(offload_inputs=False).gib
-    assert made.memory.in_host_memory == 32 * 4 * 2048 * 4096 * 4
+    assert made.model.spares_down
+    assert made.memory.in_host_memory == 32 * 4 * 2048 * 4096 * 4 + PRODUCTS
     assert "do not fit; with their inputs in host memory" in reason(made, "offload_inputs")
     assert not [note for note in made.notes if "does not fit" in note]
 
@@ -187,7 +246,9 @@ def test_run_when_k_layers_recompute_then_those_run_twice_and_the_adapter_is_the
     passes = 6 * 2  # steps x micro-batches
     assert [calls[index] for index in range(4)] == [passes * (2 if index < again else 1) for index in range(4)]
     record = json.loads((folder / "run.json").read_text())
-    assert record["plan"]["model"]["recompute_layers"] == again
+    assert (record["plan"]["model"]["recompute_layers"], record["plan"]["model"]["spares_down"]) == (again, again > 0)
+    active = json.loads((folder / "backend.json").read_text())["kernels"]
+    assert (f"recompute without down_proj in {again} layers" in active) == (again > 0)
     memory = record["summary"]["memory"]
     assert memory["planned_gib"] == round(record["plan"]["memory"]["bytes"]["total"] / 2**30, 3)
     assert 0 < memory["estimated_gib"] <= memory["planned_gib"]

@@ -14,12 +14,15 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import SiLUActivation
 
-from surefoot.ops import quantized
+from surefoot.ops import quantized, recomputed
 from surefoot.ops.layers import ADAPTER, FUSED_CLASSES, FusedMLP, Fusion, Siblings
 from surefoot.ops.renewal import Norms
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one block that are given the same input
 SWIGLU_BLOCKS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "Olmo2MLP")  # whose forward is down(act(gate(x)) * up(x))
+ADDING_LAYERS = (  # that add their MLP's output to the residual stream and end there; Olmo2's goes through a norm, which needs it
+    "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SmolLM3DecoderLayer",
+)  # fmt: skip
 
 
 @dataclass
@@ -85,6 +88,21 @@ def fuse(model: Any, *, in_pieces: bool = False) -> Fused:
     hook = register_optimizer_step_post_hook(lambda *_: (mark := mark_stale()) and mark())
     weakref.finalize(fused, hook.remove)
     return fused
+
+
+def spare_down(model: Any, count: int = -1) -> int:
+    """Lets the first `count` decoder layers (-1: all), where they recompute, end with gate and up; returns how many will.
+
+    Those whose MLP is one operation and whose output is the residual stream with the MLP's added: no backward pass needs it.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = [
+        layer for layer in inner.modules() if type(layer).__name__ in ADDING_LAYERS and isinstance(getattr(layer, "mlp", None), FusedMLP)
+    ]
+    sparing = layers if count < 0 else layers[:count]
+    for layer in sparing:
+        layer.recompute_passes = recomputed.passes
+    return len(sparing)
 
 
 def _norms_by_layer(inner: Any) -> list[Norms]:

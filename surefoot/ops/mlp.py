@@ -1,7 +1,7 @@
 """A SwiGLU block with LoRA or DoRA on its three layers as one operation, which keeps gate and up and nothing else of their width.
 
 The backward pass makes silu(y_gate) y_up again where it needs gate and up anyway, and takes there the sums that give the gradients of
-DoRA's magnitudes: dm_j = sum_t dy_tj raw_tj / c_j.
+DoRA's magnitudes: dm_j = sum_t dy_tj raw_tj / c_j. A recompute ends with gate and up: recomputed.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from surefoot.ops import recomputed
 from surefoot.ops.linear import compute_dtype, input_gradient, low_rank_gradients, products, scaled, stacked, wide_product
 from surefoot.ops.quantized import dense
 from surefoot.ops.swiglu import swiglu, swiglu_backward
@@ -82,7 +83,11 @@ def _operands(tensors: Any, scaling: float, dtype: torch.dtype, has_factors: boo
 def _forward(x: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
     into, out = _dense(weights, a, b)
     u, gate, up = products(x, into(), a[0], b[:2])
-    u_down, raw = products(swiglu(gate, up, *(factors or (None, None))), out(), a[1], b[2:])
+    u_down, raw = recomputed.once(
+        lambda: products(swiglu(gate, up, *(factors or (None, None))), out(), a[1], b[2:]),
+        lambda: x.new_full((x.shape[0], b[2].shape[0]), float("nan")),  # not zeros: whoever used it would be told
+        needs_raw=bool(factors),
+    )
     return [raw, gate, up, u, u_down]
 
 

@@ -1,12 +1,12 @@
-"""How many decoder layers recompute their activations: none, all, or as few as fit the GPU; and where their inputs wait meanwhile."""
+"""How many decoder layers recompute their activations: none, all, or as few as fit the GPU; where their inputs wait; what they spare."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from surefoot.decoder import FAMILIES, Job, decoder_of
+from surefoot.decoder import FAMILIES, MLP, Job, decoder_of
 from surefoot.memory import GIB, Estimate, estimate
 from surefoot.rules.attention import text_model
 from surefoot.rules.desk import Choice, Desk
@@ -16,10 +16,27 @@ EVERY_LAYER = -1  # of a model whose config.json does not say how many it has
 NAME = "use_gradient_checkpointing"
 OFFLOAD = ("offload", "unsloth")
 HOST_SHARE = 0.5  # of the host's memory, which its processes may pin for layer inputs
+ADDING = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # whose layers add down_proj's output to the residual stream and end there
+
+
+class _Way(NamedTuple):
+    """How to recompute: how many layers, where their inputs wait, each with its reason, and what that takes."""
+
+    layers: int
+    layers_reason: str
+    offloads: bool
+    offload_reason: str
+    spares: bool
+    made: Estimate | None
+
+    def fits(self, desk: Desk) -> bool:
+        gpu = desk.machine.gpu
+        return gpu is None or self.made is None or self.made.gib <= (1 - FREE) * gpu.memory_gib
 
 
 def recompute(desk: Desk, values: Mapping[str, Any]) -> Iterator[Choice]:
-    """The flag as it was given, how many layers recompute because of it, and where their inputs wait. Leaves the estimate on the desk.
+    """The flag as it was given, how many layers recompute because of it, where their inputs wait, and whether they leave out
+    down_proj. Leaves the estimate on the desk.
 
     Args:
         values: everything decided before, by name.
@@ -31,17 +48,53 @@ def recompute(desk: Desk, values: Mapping[str, Any]) -> Iterator[Choice]:
     yield desk.as_given(NAME, "unsloth's own needs the unsloth backend: as offload" if asked == "unsloth" else "")
     obstacle = _obstacle(desk, values)
     plain = None if obstacle else _estimate(desk, values)
-    count, reason = _layers(desk, plain, obstacle)
+    must_repeat = _must_repeat(desk, values)
+    choices = (False,) if must_repeat else (True, False) if values["method"] == "dora" else (True,)
+    ways = [_way(desk, plain, obstacle, spares=spares) for spares in choices]
+    way = next((way for way in ways if way.fits(desk)), ways[-1])
     source = "auto" if asked in ("auto", "selective") else desk.config.source(NAME)
-    yield Choice("recompute_layers", count, source, reason)
-    offloads, why = _offload(desk, None if plain is None else plain.at(recompute_layers=count))
-    yield Choice("offload_inputs", offloads, source, why)
-    if plain is None:
-        if desk.machine.gpus:
-            desk.notes.append(f"memory was not estimated: {obstacle}")
-        return
-    desk.estimate = plain.at(recompute_layers=count, offload_inputs=offloads)
-    _warn(desk, desk.estimate)
+    yield Choice("recompute_layers", way.layers, source, way.layers_reason)
+    yield Choice("offload_inputs", way.offloads, source, way.offload_reason)
+    yield Choice("spares_down", way.spares and way.layers != 0, "auto", _spared(way, must_repeat, values["method"]) if way.layers else "")
+    if way.made is not None:
+        desk.estimate = way.made
+        _warn(desk, way.made)
+    elif desk.machine.gpus:
+        desk.notes.append(f"memory was not estimated: {obstacle}")
+
+
+def _way(desk: Desk, plain: Estimate | None, obstacle: str, *, spares: bool) -> _Way:
+    plain = plain and plain.at(spares_down=spares)
+    count, count_reason = _layers(desk, plain, obstacle)
+    made = plain and plain.at(recompute_layers=count)
+    offloads, why = _offload(desk, made)
+    return _Way(count, count_reason, offloads, why, spares, made and made.at(offload_inputs=offloads))
+
+
+def _must_repeat(desk: Desk, values: Mapping[str, Any]) -> str:
+    """Why recomputing layers compute down_proj again, empty if they need not."""
+    found, targets = text_model(desk), values["target_modules"]
+    if not values["fused_adapters"]:
+        return "PEFT's own layers make every product again" if values["method"] != "full" else "every weight is trained"
+    if values["quantization"] == "int8":
+        return "int8 layers stay with PEFT"
+    if desk.config.lora_dropout:
+        return "with dropout each layer of the MLP is an operation of its own"
+    if targets is not None and not {*MLP} <= {*targets}:
+        return f"not all of {', '.join(MLP)} have an adapter"
+    if found.get("model_type") not in ADDING:
+        return f"model type {found.get('model_type')} is not one of {', '.join(ADDING)}"
+    is_fused = found.get("hidden_act", "silu") == "silu" and not found.get("mlp_bias")
+    return "" if is_fused else "the MLP has biases, or is no SwiGLU"
+
+
+def _spared(way: _Way, must_repeat: str, method: str) -> str:
+    if must_repeat or not way.spares:
+        return must_repeat or "the GPU has no room to keep down_proj's products"
+    if method != "dora":
+        return "no backward pass needs down_proj's product"
+    place = "in host memory" if way.offloads else f"{way.made.kept_products / GIB:.1f} GiB" if way.made else "of each layer"
+    return f"down_proj's product is kept for the magnitude's gradient ({place})"
 
 
 def _left_to_unsloth(desk: Desk) -> Iterator[Choice]:

@@ -21,7 +21,9 @@ from surefoot.training.arguments import casts_itself
 from surefoot.training.health import trainable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-OWN = ("train.run_name", "data.cache_dir", "data.data_path", "data.val_data_path", "model.path", "model.loads_on_gpu")  # of each machine
+OWN = (  # of each machine
+    "train.run_name", "data.cache_dir", "data.data_path", "data.val_data_path", "model.path", "model.loads_on_gpu", "model.spares_down",
+)  # fmt: skip
 LIVE = {"single": ("NO",), "ddp": ("MULTI_GPU", "MULTI_CPU"), "deepspeed": ("DEEPSPEED",), "fsdp": ("FSDP",)}
 
 

@@ -37,12 +37,12 @@ class HostMemory:
         """checkpoint(), whose saved inputs go to host memory; what the recomputed layer itself saves is not touched."""
 
         def parking(*args: Any, **named: Any) -> Any:
-            with saved_tensors_hooks(self._park, self._bring_back):
+            with saved_tensors_hooks(self.park, self.bring_back):
                 return checkpoint(*args, **named)
 
         return parking
 
-    def _park(self, tensor: Tensor) -> Tensor | _Parked:
+    def park(self, tensor: Tensor) -> Tensor | _Parked:
         if not tensor.is_cuda:
             return tensor
         self._stream = self._stream or torch.cuda.Stream(tensor.device)
@@ -55,7 +55,7 @@ class HostMemory:
         self._last = weakref.ref(parked)
         return parked
 
-    def _bring_back(self, parked: Tensor | _Parked) -> Tensor:
+    def bring_back(self, parked: Tensor | _Parked) -> Tensor:
         if isinstance(parked, Tensor):
             return parked
         self._fetch(parked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -14,23 +15,26 @@ def recompute(model: Any, count: int, offload_inputs: bool = False) -> None:
     """Lets the first `count` decoder layers recompute, -1: all of them; the others keep their activations.
 
     The first ones, since their turn in the backward pass comes last, when the later layers' activations are gone.
-    With `offload_inputs` what they do keep, their inputs, waits in host memory.
+    With `offload_inputs` what they do keep, their inputs and the products that a layer's `recompute_passes` spare (ops/recomputed.py),
+    waits in host memory.
 
     Raises:
         BackendError: the model cannot recompute, or has no list of decoder layers to choose from.
     """
     if count == 0:
         return
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not base.supports_gradient_checkpointing:
         raise BackendError(f"{type(base).__name__} cannot recompute activations. Use --use_gradient_checkpointing=False")
     base.gradient_checkpointing_enable({"use_reentrant": False})
     base.disable_input_require_grads()  # only the reentrant kind needs it, and the first layer's input gradient costs a GEMM
-    if offload_inputs:
-        memory = HostMemory()
-        for module in base.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = memory.around(module._gradient_checkpointing_func)
+    checkpointing = [module for module in base.modules() if hasattr(module, "_gradient_checkpointing_func")]
+    inputs, products = (HostMemory(), HostMemory()) if offload_inputs else (None, None)
+    for module in checkpointing:
+        run: Any = module._gradient_checkpointing_func
+        if passes := getattr(module, "recompute_passes", None):
+            run = partial(run, context_fn=partial(passes, products.park, products.bring_back) if products else passes)
+        module._gradient_checkpointing_func = inputs.around(run) if inputs else run
     if count < 0:
         return
     layers = getattr(base.get_decoder(), "layers", None)

@@ -76,11 +76,11 @@ def _train(plan: Plan, trainer: SurefootTrainer, model: Any, data: Any) -> dict[
     engine = engines.prepare(plan, model, trainer.accelerator)
     trained = sum(parameter.numel() for _, parameter in trainable(model))  # now: an engine leaves each process its piece
     engines.check_ranks(plan, data.report.fingerprint, trained)
+    if plan.machine.engine == "deepspeed":
+        engines.know_deepspeeds_constants()  # in checkpoints, which are read to go on and for the best weights at the end
     if plan.output.resume_from is not None:
         trainer.restore(Path(plan.output.resume_from))
         read_torch_files_anywhere()
-        if plan.machine.engine == "deepspeed":
-            engines.know_deepspeeds_constants()
     health = trainer.parts["health"]
     packing = None if data.packed is None else {**data.report.packing, "leak": _leak(trainer, model, data.train[0]["input_ids"])}
     reserved, compiled = gpu_memory.reserved_gib(), compiling.so_far()

@@ -11,7 +11,7 @@ import torch
 from surefoot.backends import hf
 from surefoot.errors import BackendError
 from surefoot.export import carry, parity, prompts
-from surefoot.export.parity import BANDS, Reference
+from surefoot.export.parity import BANDS, Difference, Reference
 from surefoot.export.source import Source
 from surefoot.json_file import read_json
 from surefoot.plan import ModelPlan
@@ -44,8 +44,25 @@ class Verdict(NamedTuple):
         return not self.reasons
 
 
+class Observed(NamedTuple):
+    """What exports are judged by: models' answers by name, of which the first decides, and the tokenizer and prompts behind them."""
+
+    references: dict[str, Reference]
+    tokenizer: Any
+    texts: tuple[str, ...]
+
+
 def of_adapter(source: Source, subject: Subject, prompt_file: str = "") -> Verdict:
-    """The export against the adapter on its base, and where that is another than it was trained on, also against that, for information."""
+    """The export against the adapter on its base, and where that is another than it was trained on, also against that, for information.
+
+    A rounded export (GGUF, 4-bit) is held to two bands: the merged model that it was made from to its own, narrow one, since a wrong merge
+    can hide in what q8_0 and NF4 round away, and the export to its format's.
+    """
+    return judge(subject, observe(source, prompt_file), subject.made_from and Subject(subject.made_from, dtype_of(subject.made_from)))
+
+
+def observe(source: Source, prompt_file: str = "") -> Observed:
+    """What the adapter says on its base."""
     texts = prompts.load(prompt_file)
     before = carry.tokenizer(source.tokenizer, trusts_remote_code=source.trusts_remote_code)
     ids = prompts.encoded(before, texts)
@@ -53,7 +70,7 @@ def of_adapter(source: Source, subject: Subject, prompt_file: str = "") -> Verdi
     references = {f"adapter on the {_named(source.onto)} base": _observed(_adapted(source, source.onto), ids, rows)}
     if source.onto != source.seen:
         references[f"adapter on the {_named(source.seen)} base it was trained on"] = _observed(_adapted(source, source.seen), ids, rows)
-    return _judge(subject, references, before, texts)
+    return Observed(references, before, texts)
 
 
 def of_model(folder: Path, subject: Subject, prompt_file: str = "") -> Verdict:
@@ -62,26 +79,22 @@ def of_model(folder: Path, subject: Subject, prompt_file: str = "") -> Verdict:
     before = carry.tokenizer(folder, trusts_remote_code=subject.trusts_remote_code)
     model = _loaded(str(folder), trusts_remote_code=subject.trusts_remote_code)
     rows = model.get_output_embeddings().weight.shape[0]
-    return _judge(subject, {f"the model {folder.name}": _observed(model, prompts.encoded(before, texts), rows)}, before, texts)
+    return judge(subject, Observed({f"the model {folder.name}": _observed(model, prompts.encoded(before, texts), rows)}, before, texts))
 
 
 def _named(quantization: str) -> str:
     return "unquantized" if quantization == "none" else f"dequantized {quantization}"
 
 
-def _judge(subject: Subject, references: dict[str, Reference], before: Any, texts: tuple[str, ...]) -> Verdict:
-    """The first reference decides; the others are measured."""
-    model = _exported(subject)
-    found = {name: parity.compare(reference, model) for name, reference in references.items()}
-    del model
-    _free()
-    strange = _tokenizer_differences(subject, before, texts)
+def judge(subject: Subject, observed: Observed, merged: Subject | None = None) -> Verdict:
+    """The first reference decides; the others are measured. `merged`, from which the export was made, must hold as well."""
+    found = _differences(subject, observed)
+    strange = _tokenizer_differences(subject, observed.tokenizer, observed.texts)
     main, *_ = found.values()
     band = BANDS[subject.format]
     reasons = [*main.beyond(band), *strange]
+    lines = [f"parity with the {name}: {difference.line()}" for name, difference in found.items()]
     record = {
-        "verdict": "beyond the band" if reasons else "holds",
-        "reasons": reasons,
         "format": subject.format,
         "band": band._asdict(),
         "computed_in": "fp32",
@@ -89,7 +102,22 @@ def _judge(subject: Subject, references: dict[str, Reference], before: Any, text
         "against": {name: difference.record() for name, difference in found.items()},
         "tokenizer_differences": strange,
     }
-    return Verdict(record, tuple(reasons), "\n".join(f"parity with the {name}: {difference.line()}" for name, difference in found.items()))
+    if merged:
+        before, *_ = _differences(merged, observed).values()
+        reasons += [f"the merged model that it was made from: {reason}" for reason in before.beyond(BANDS[merged.format])]
+        lines.append(f"of the merged {merged.format} model before it was rounded to {subject.format}: {before.line()}")
+        record["merged"] = {"format": merged.format, "band": BANDS[merged.format]._asdict(), **before.record()}
+    verdict = {"verdict": "beyond the band" if reasons else "holds", "reasons": reasons}
+    return Verdict(verdict | record, tuple(reasons), "\n".join(lines))
+
+
+def _differences(subject: Subject, observed: Observed) -> dict[str, Difference]:
+    model = _exported(subject)
+    try:
+        return {name: parity.compare(reference, model) for name, reference in observed.references.items()}
+    finally:
+        del model
+        _free()
 
 
 def _observed(model: Any, ids: list[list[int]], columns: int) -> Reference:

@@ -37,7 +37,7 @@ class Job(NamedTuple):
 
 
 def of_adapter(found: Source, job: Job, say: Say) -> None:
-    """Merges in fp32 into a folder that is removed afterwards, and exports that: rounded once, and judged before and after.
+    """Merges into a folder that is removed afterwards, in fp32 where the form rounds once more, and exports that.
 
     Raises:
         NumericsError: beyond the parity band.
@@ -45,8 +45,10 @@ def of_adapter(found: Source, job: Job, say: Say) -> None:
     place.check(job.out, overwrites=job.overwrites)
     runtime.quiet()
     _check(job, found.base, found.base_config, found.tokenizer)
-    work = merge.prepare(found, "fp32")
-    place.check_room(job.out, sum(output.size * (1 + BYTES[job.form] / 4) for output in merge.outputs(work)))
+    dtype = "bf16" if job.form in ("bnb-4bit", "gguf-bf16") else "fp32"
+    work = merge.prepare(found, dtype)
+    weight = merge.DTYPES[dtype].itemsize
+    place.check_room(job.out, sum(output.size * (1 + BYTES[job.form] / weight) for output in merge.outputs(work)))
     job.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{job.out.name}.", suffix=".merged", dir=job.out.parent) as folder:
         merged = Path(folder)

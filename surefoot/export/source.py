@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surefoot import checkpoint
+from surefoot import checkpoint, inputs
 from surefoot.errors import UsageError, joined
 from surefoot.json_file import read_json
 
@@ -63,6 +63,7 @@ def read(adapter: str, base_model: str = "", onto: str = "seen") -> Source:
     stamp, record = read_json(root / "backend.json"), read_json(root / "run.json")
     problems, notes = _config_problems(config), []
     problems += _stamp_problems(stamp, config, folder)
+    inputs.check_weights("adapter", folder, problems)
     if onto not in ONTO:
         problems.append(f"--onto={onto} must be one of {', '.join(ONTO)}")
     seen = stamp.get("quantization") or (onto if onto in ("nf4", "int8") else "none")
@@ -81,6 +82,9 @@ def read(adapter: str, base_model: str = "", onto: str = "seen") -> Source:
     if problems:
         raise UsageError(joined(problems))
     name, base = _base(base_model, stamp, config, notes)
+    inputs.check_weights("base_model", base, problems)
+    if problems:
+        raise UsageError(joined(problems))
     return Source(
         adapter=folder,
         config=config,

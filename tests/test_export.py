@@ -125,8 +125,6 @@ def test_converter_when_given_then_writes_the_gguf_or_its_last_word_is_passed_on
     converter.write_text("raise NotImplementedError('BPE pre-tokenizer was not recognized')")
     with pytest.raises(BackendError, match=r"failed \(exit 1\): NotImplementedError: BPE pre-tokenizer was not recognized"):
         gguf_file.convert(str(converter), SMALL_MODEL, file, "gguf-q8_0")
-    with pytest.raises(UsageError, match=r"does not exist: give the path of llama\.cpp's"):
-        gguf_file.convert(str(tmp_path / "gone.py"), SMALL_MODEL, file, "gguf-q8_0")
 
 
 QWEN = (
@@ -215,6 +213,8 @@ def test_push_when_not_confirmed_then_lists_and_sends_nothing(tmp_path: Path) ->
         (["--format=bf16", "--model=x"], "--model=x is whole already"),
         (["--model=x", "--push_to_hub=name"], "--push_to_hub=name must be OWNER/NAME"),
         (["--model=x", "--confirm_push", "--format=bnb-4bit"], "--confirm_push has a meaning only with --push_to_hub"),
+        (["--adapter=x", "--format=gguf-f16", "--converter=/gone.py"], "--converter=/gone.py does not exist: give the path of llama.cpp's"),
+        (["--adapter=x", "--format=bf16", "--converter=/gone.py"], "--converter has a meaning only with a GGUF format"),
         (["--model=/gone", "--format=bnb-4bit"], "--model=/gone is no model folder"),
         (["--formt=bf16", "--adapter=x"], "--formt is not a flag. Did you mean --format?"),
     ],

@@ -14,7 +14,7 @@ import torch
 from surefoot import runtime
 from surefoot.artifacts import META, PROMPT
 from surefoot.errors import BackendError, UsageError
-from surefoot.export import GGUF, carry, gguf_vocab, judge, merge, place, prompts, records, serving, shards, story
+from surefoot.export import GGUF, carry, gguf_vocab, judge, merge, place, prompts, records, serving, shards, source, story
 from surefoot.export.judge import Subject, Verdict
 from surefoot.export.source import Source
 from surefoot.json_file import read_json
@@ -67,9 +67,7 @@ def of_model(folder: Path, job: Job, say: Say) -> None:
     Raises:
         UsageError: no such model. NumericsError: beyond the parity band.
     """
-    if not (folder / "config.json").is_file():
-        hint = f"it is an adapter: give --adapter={folder}" if (folder / "adapter_config.json").is_file() else "it has no config.json"
-        raise UsageError(f"--model={folder} is no model folder: {hint}")
+    source.check_model(folder)
     place.check(job.out, overwrites=job.overwrites)
     runtime.quiet()
     _check(job, folder, read_json(folder / "config.json"), folder)
@@ -88,15 +86,12 @@ def _check(job: Job, folder: Path, config: dict[str, Any], tokenizer: Path) -> N
     prompts.load(job.prompt_file)
     if job.form == "bnb-4bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise BackendError("--format=bnb-4bit needs bitsandbytes, which is not installed: pip install 'surefoot[bnb]'")
-    if job.form in GGUF:
+    if job.form in GGUF and not job.converter:
         from surefoot.export import gguf_file
 
-        if job.converter:
-            gguf_file.check_converter(job.converter)
-        else:
-            gguf_file.check(folder, config)
-            gguf_file.tensors(folder, config, job.form)
-            gguf_vocab.check(tokenizer)
+        gguf_file.check(folder, config)
+        gguf_file.tensors(folder, config, job.form)
+        gguf_vocab.check(tokenizer)
 
 
 def _export(folder: Path, found: Source | None, record: dict[str, Any], job: Job, say: Say) -> None:

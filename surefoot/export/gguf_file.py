@@ -208,12 +208,6 @@ def differences(file: Path, folder: Path) -> list[str]:
     ]
 
 
-def check_converter(converter: str) -> None:
-    """Raises UsageError: there is no such file."""
-    if not Path(converter).is_file():
-        raise UsageError(f"--converter={converter} does not exist: give the path of llama.cpp's convert_hf_to_gguf.py")
-
-
 def convert(converter: str, folder: Path, file: Path, form: str) -> None:
     """Runs llama.cpp's convert_hf_to_gguf.py in a process of its own. Raises BackendError: it failed."""
     command = [sys.executable, converter, str(folder), "--outfile", str(file), "--outtype", form.removeprefix("gguf-")]

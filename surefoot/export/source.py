@@ -99,6 +99,17 @@ def read(adapter: str, base_model: str = "", onto: str = "seen") -> Source:
     )
 
 
+def check_model(folder: Path) -> None:
+    """Raises UsageError: there is no such model."""
+    if not (folder / "config.json").is_file():
+        hint = f"it is an adapter: give --adapter={folder}" if (folder / "adapter_config.json").is_file() else "it has no config.json"
+        raise UsageError(f"--model={folder} is no model folder: {hint}")
+    problems: list[str] = []
+    inputs.check_weights("model", folder, problems)
+    if problems:
+        raise UsageError(joined(problems))
+
+
 def _adapter_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "adapter_config.json")
     if config and (folder / "adapter_model.safetensors").is_file():

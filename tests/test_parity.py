@@ -65,9 +65,8 @@ def test_verdict_when_one_layers_adapter_is_lost_then_its_tensor_tells(
     name = next(name for name in tensors if "layers.1.mlp.down_proj.lora_B" in name)
     save_file(tensors | {name: tensors[name] * 0}, spoilt / "adapter_model.safetensors")
     merged(spoilt, folder, dtype)
-    verdict = judge.of_adapter(
-        source.read(str(trained(method))), rounded(folder, tmp_path / "out", form) if form else Subject(folder, dtype)
-    )
+    subject = rounded(folder, tmp_path / "out", form) if form else Subject(folder, dtype)
+    verdict = judge.of_adapter(source.read(str(trained(method))), subject, few(tmp_path))
     assert verdict.record["tensor_differences"] == [
         f"1 of {verdict.record['tensor_differences'][0].split()[2]} tensors are not those of merged but for {dtype}'s rounding, "
         "first model.layers.1.mlp.down_proj.weight"
@@ -82,11 +81,19 @@ def test_verdict_when_the_export_is_of_other_tensors_then_they_are_told(trained:
     tensors = load_file(other / "model.safetensors")
     one, two = (f"model.layers.{n}.mlp.up_proj.weight" for n in (1, 2))
     save_file(tensors | {one: tensors[two], two: tensors[one].clone()}, other / "model.safetensors", metadata={"format": "pt"})
-    right = judge.of_adapter(source.read(str(trained("lora"))), rounded(folder, tmp_path / "right", form))
+    found = source.read(str(trained("lora")))
+    right = judge.of_adapter(found, rounded(folder, tmp_path / "right", form), few(tmp_path))
     assert right.record["tensor_differences"] == []
     wrong = rounded(other, tmp_path / "wrong", form)._replace(made_from=folder)
-    (said,) = judge.of_adapter(source.read(str(trained("lora"))), wrong).record["tensor_differences"]
+    (said,) = judge.of_adapter(found, wrong, few(tmp_path)).record["tensor_differences"]
     assert said.startswith("2 of ")
+
+
+def few(folder: Path) -> str:
+    """A file of two prompts: tensors need none."""
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(prompts.PROMPTS[:2]))
+    return str(file)
 
 
 def rounded(folder: Path, out: Path, form: str) -> Subject:

@@ -11,11 +11,12 @@ import torch
 
 from surefoot.export import shards
 
-# The most that rounding moves a weight. By block: half the widest gap between levels, as a share of the block's largest value, with room
-# for the rounded scale (q8_0: 0.5 / 127 and fp16's 2^-11; NF4: 0.152 and the 8-bit scale's 2 %). Else one ulp, as a share of the weight
-BLOCKS = {"q8_0": (32, 0.0047), "nf4": (64, 0.18)}
+# The most that rounding moves a weight. By block: half the widest gap between levels, as a share of the block's largest value (q8_0: 0.5
+# of 127 and fp16's 2^-11 for the scale; NF4: 0.152 and bf16's 2^-8 before), and what the block's scale may be off by, as a share of the
+# tensor's largest (NF4's scales are 8-bit numbers over 256 blocks). Else one ulp, as a share of the weight
+BLOCKS = {"q8_0": (32, 0.0047, 0.0), "nf4": (64, 0.16, 0.01)}
 SHARES = {"fp32": 2.0**-22, "fp16": 2.0**-10, "q8_0": 2.0**-10, "bf16": 2.0**-8, "nf4": 2.0**-8}
-SMALLEST = 2.0**-24  # fp16's smallest step
+SLACK = 4e-6  # the order of fp32 sums; a q8_0 scale among fp16's subnormals is off by 2^-25, times 127
 
 
 @torch.no_grad()
@@ -60,10 +61,11 @@ def _plain(parameter: Any) -> torch.Tensor:
 
 def _limit(weight: torch.Tensor, form: str, *, in_blocks: bool) -> torch.Tensor:
     """By how much each value may differ, of the weight's shape or one that broadcasts to it."""
-    size, share = BLOCKS.get(form, (0, 0.0))
+    size, share, of_tensor = BLOCKS.get(form, (0, 0.0, 0.0))
     if not in_blocks or not size or weight.dim() < 2:
-        return weight.abs() * SHARES[form] + SMALLEST
-    if weight.numel() % size or (form == "q8_0" and weight.shape[-1] % size):
-        return weight.abs().max() * (share if form == "nf4" else SHARES[form])
-    largest = weight.reshape(-1, size).abs().amax(dim=1, keepdim=True)
-    return (largest * share).expand(-1, size).reshape(weight.shape) + SMALLEST
+        return weight.abs() * SHARES[form] + SLACK
+    largest = weight.abs().max()
+    if weight.numel() % size or (form == "q8_0" and weight.shape[-1] % size):  # NF4's last block is short; q8_0 leaves such rows in fp16
+        return largest * (share + of_tensor if form == "nf4" else SHARES[form]) + SLACK
+    of_block = weight.reshape(-1, size).abs().amax(dim=1, keepdim=True)
+    return (of_block * share + largest * of_tensor).expand(-1, size).reshape(weight.shape) + SLACK

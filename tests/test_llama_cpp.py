@@ -70,4 +70,7 @@ def test_gguf_when_llama_cpp_reads_text_then_has_the_ids_and_the_prompt_of_train
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"}]
     turns += [{"role": "assistant", "content": "Two."}, {"role": "user", "content": "  Three?\n"}]
     expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert server.post("/apply-template", messages=turns)["prompt"] == expected
+    prompt = server.post("/apply-template", messages=turns)["prompt"]  # without BOS, which llama.cpp puts before every text
+    assert tokenizer.bos_token + prompt == expected
+    read = server.post("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
+    assert read == tokenizer(expected, add_special_tokens=False)["input_ids"]

@@ -40,7 +40,9 @@ class Server:
         return tokens
 
 
-@pytest.mark.parametrize(("method", "form"), [("dora", "gguf-f16"), ("lora", "gguf-q8_0"), ("qdora", "gguf-bf16")])
+@pytest.mark.parametrize(
+    ("method", "form"), [("dora", "gguf-f16"), ("lora", "gguf-q8_0"), pytest.param("qdora", "gguf-bf16", marks=pytest.mark.slow)]
+)
 def test_gguf_when_llama_cpp_runs_it_then_says_what_the_adapter_said(trained: Trained, tmp_path: Path, method: str, form: str) -> None:
     found = source.read(str(trained(method)))
     formats.of_adapter(found, formats.Job(tmp_path / "out", form, False, False, "", ""), lambda _: None)

@@ -6,7 +6,8 @@ FOLDER takes models of random weights in several shapes, with LoRA and with DoRA
 and to merge wrongly (random adapters change so little that a wrong merge of one is no worse than its rounding).
 --out gets a row for each export (model, format, what was done to it, the parity numbers) and, by format, the largest of the right ones and
 the band: MARGIN times that, or times FLOOR where that is more, rounded up to two digits. surefoot/export/parity.py holds these bands, and a
-test compares the two.
+test compares the two. Which wrong exports the bands let pass is counted as well: those are why the verdict also compares tensors
+(surefoot/export/rounding.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -24,21 +26,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-MARGIN = {"fp32": 4, "fp16": 4, "bf16": 4, "q8_0": 4, "nf4": 1.5}  # NF4 rounds by as much as a wrong merge changes: little room is left
-# The least that is taken for the largest difference. fp32's is the order of sums alone, which grows with a model's width and depth, and no
-# wrong merge is below 400 times this. q8_0 was measured on 4 layers only, where bf16 differs by a 20th of what it does on SmolLM2's 30
-FLOOR = {"fp32": {"relative_max": 1e-4, "kl_mean": 1e-7}, "q8_0": {"relative_max": 0.025, "kl_mean": 0.0025}}
+MARGIN = {"fp32": 4, "fp16": 4, "bf16": 4, "q8_0": 4, "nf4": 1.5}  # NF4 rounds by so much that a wider band would not tell anything
+# The least that is taken for the largest difference: fp32's is the order of sums alone, which grows with a model's width and depth, and no
+# wrong merge is below 400 times this
+FLOOR = {"fp32": {"relative_max": 1e-4, "kl_mean": 1e-7}}
 NUMBERS = ("relative_max", "kl_mean")
 SMALL = ROOT / "examples/small_model"
 SHAPES = {"wide": (768, 2112, 4), "deep": (256, 704, 24)}  # hidden size, MLP, layers
 KEPT = ("relative_max", "kl_mean", "kl_max", "widest_flip", "greedy_equal", "prompts")
 Tensors = dict[str, Any]
+FORMS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "q8_0": "gguf-q8_0", "nf4": "bnb-4bit"}  # band -> --format
+SPOILT = ("fp32", "bf16", "q8_0", "nf4")  # the formats in which wrong exports are measured
+SWAPPED = "two layers swapped"
 WRONG: dict[str, Callable[[Tensors], Tensors]] = {
     "magnitude lost": lambda found: {name: tensor for name, tensor in found.items() if "magnitude" not in name},
     "scaled by 1.25": lambda found: {name: tensor * 1.25 if "lora_B" in name else tensor for name, tensor in found.items()},
     "one layer lost": lambda found: {
         name: tensor * 0 if "layers.1.mlp.down_proj.lora_B" in name else tensor for name, tensor in found.items()
     },
+    SWAPPED: dict,  # of the merged model, not of the adapter
 }
 
 
@@ -48,6 +54,8 @@ def adapted(folder: Path, shape: tuple[int, int, int], *, is_dora: bool) -> Path
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if (folder / "run/adapter_model.safetensors").is_file():
+        return folder / "run"
     hidden, mlp, layers = shape
     torch.manual_seed(0)
     shutil.rmtree(folder, ignore_errors=True)
@@ -68,33 +76,69 @@ def adapted(folder: Path, shape: tuple[int, int, int], *, is_dora: bool) -> Path
 
 
 def measure(name: str, run: Path, folder: Path, known: set[tuple[str, str]], prompts: str) -> Iterator[dict[str, Any]]:
-    """A row for every format of the adapter and, where it was trained, for the wrong merges in bf16, less the `known` (format, wrong)."""
+    """A row for every format of the adapter and, where it was trained, for wrong exports of it, less the `known` (format, wrong)."""
     from surefoot.errors import UsageError
-    from surefoot.export import formats, source, story
-    from surefoot.export.judge import Subject
+    from surefoot.export import judge, source
 
+    wanted = {(form, what) for form in FORMS for what in ("", *(WRONG if form in SPOILT else ()))} - known
     found = source.read(str(run))
-    merged = {dtype: folder / f"{name}-{dtype}" for dtype in ("bf16", "fp16", "fp32")}
-    for dtype, out in merged.items():
-        if (dtype, "") not in known:
-            story.merge_adapter(found, story.Job(out, dtype, True, False, "", 4 << 30), lambda _: None)
-            yield judged(name, "", found, Subject(out, dtype), prompts)
-    for form in ("gguf-q8_0", "bnb-4bit"):
-        band, out = formats.BAND_OF[form], folder / f"{name}-{form}"
-        if (band, "") not in known:
-            try:
-                formats.of_adapter(found, formats.Job(out, form, True, False, "", ""), lambda _: None)
-            except UsageError as error:  # a GGUF of a tokenizer that is not written here
-                print(error, flush=True)
+    wanted = {(form, what) for form, what in wanted if not what or found.record}
+    if not wanted:
+        return
+    observed = judge.observe(found, prompts)
+    whole = folder / f"{name}-fp32"
+    if not whole.is_dir():
+        export(found, whole, "fp32")
+    for form, what in sorted(wanted):
+        out = folder / f"{name}-wrong" if what else folder / f"{name}-{form}"
+        try:
+            if what == SWAPPED:
+                export_model(swapped(whole, folder / f"{name}-spoilt"), out, form)
+            elif not what:
+                export(found, out, form)
+            elif spoilt := spoiled(run, what, folder / f"{name}-spoilt"):
+                export(source.read(str(spoilt), onto="seen" if found.onto == "none" else found.onto), out, form)
+            else:
                 continue
-            file = next((path.name for path in out.glob("*.gguf")), None)
-            yield judged(name, "", found, Subject(out, band, file, merged["bf16"]), prompts)
-    for what in WRONG if found.record else ():
-        if ("bf16", what) not in known and (spoilt := spoiled(run, what, folder / f"{name}-spoilt")):
-            onto = "seen" if found.onto == "none" else found.onto
-            out = folder / f"{name}-wrong"
-            story.merge_adapter(source.read(str(spoilt), onto=onto), story.Job(out, "bf16", True, False, "", 4 << 30), lambda _: None)
-            yield judged(name, what, found, Subject(out, "bf16"), prompts)
+        except UsageError as error:  # a GGUF of a tokenizer that is not written here
+            print(error, flush=True)
+            continue
+        file = next((path.name for path in out.glob("*.gguf")), None)
+        (numbers,) = judge.judge(judge.Subject(out, form, file, whole), observed).record["against"].values()
+        kept = {key: float(f"{numbers[key]:.3g}") if isinstance(numbers[key], float) else numbers[key] for key in KEPT}
+        yield {"model": name, "method": found.method, "format": form, "wrong": what, **kept}
+
+
+def export(found: Any, out: Path, form: str) -> None:
+    from surefoot.export import formats, story
+
+    if form in ("fp32", "fp16", "bf16"):
+        story.merge_adapter(found, story.Job(out, form, True, False, "", 4 << 30), lambda _: None)
+    else:
+        formats.of_adapter(found, formats.Job(out, FORMS[form], True, False, "", ""), lambda _: None)
+
+
+def export_model(folder: Path, out: Path, form: str) -> None:
+    from surefoot.export import formats
+
+    if form in ("fp32", "bf16"):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(folder, out)
+    else:
+        formats.of_model(folder, formats.Job(out, FORMS[form], True, False, "", ""), lambda _: None)
+
+
+def swapped(whole: Path, folder: Path) -> Path:
+    """The merged model with its layers 1 and 2 changed about."""
+    from safetensors.torch import load_file, save_file
+
+    other = {"1": "2", "2": "1"}
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole, folder)
+    tensors = load_file(whole / "model.safetensors")
+    named = {re.sub(r"(?<=layers\.)\d+", lambda found: other.get(found[0], found[0]), name): one for name, one in tensors.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def spoiled(run: Path, what: str, folder: Path) -> Path | None:
@@ -112,15 +156,6 @@ def spoiled(run: Path, what: str, folder: Path) -> Path | None:
         (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": False}))
     save_file(changed, folder / "adapter_model.safetensors")
     return folder
-
-
-def judged(name: str, what: str, found: Any, subject: Any, prompts: str) -> dict[str, Any]:
-    from surefoot.export import judge
-
-    record = judge.of_adapter(found, subject, prompts).record
-    (numbers,) = record["against"].values()
-    kept = {key: float(f"{numbers[key]:.3g}") if isinstance(numbers[key], float) else numbers[key] for key in KEPT}
-    return {"model": name, "method": found.method, "format": subject.format, "wrong": what, **kept}
 
 
 def bands(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -145,13 +180,13 @@ def rounded_up(value: float) -> float:
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.1e}")
 
 
-def outside(rows: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, str]:
-    """By what is wrong: how many of the wrong merges lie outside their band."""
-    told = {}
-    for what in WRONG:
-        own = [row for row in rows if row["wrong"] == what]
-        caught = [row for row in own if any(row[key] > found[row["format"]]["band"][key] for key in NUMBERS)]
-        told[what] = f"{len(caught)} of {len(own)}"
+def outside(rows: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """By what is wrong and format: how many of the wrong exports lie outside their format's band."""
+    told: dict[str, dict[str, str]] = {}
+    for what, form in itertools.product(WRONG, SPOILT):
+        own = [row for row in rows if (row["wrong"], row["format"]) == (what, form)]
+        caught = [row for row in own if any(row[key] > found[form]["band"][key] for key in NUMBERS)]
+        told.setdefault(what, {})[form] = f"{len(caught)} of {len(own)}"
     return told
 
 
@@ -181,7 +216,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
     here, found = machine.probe(), bands(rows)
     record = {"margin": MARGIN, "floor": FLOOR, "machine": {"gpu": here.gpu.name if here.gpu else None, "cpu": here.cpu_name}}
-    record |= {"versions": here.versions, "bands": found, "wrong_merges_outside": outside(rows, found), "rows": rows}
+    record |= {"versions": here.versions, "bands": found, "wrong_exports_outside": outside(rows, found), "rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 stage=${1:-}
+case $stage in -h | --help) sed -n '2s/^# //p' docker/build.sh && exit ;; esac
 if [ ! -f "docker/$stage.Dockerfile" ]; then
   echo "build.sh: '$stage' is no stage. Use stage1, stage2 or stage3" >&2
   exit 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -87,6 +88,8 @@ def run(flags: Flags) -> None:
     out = Path(flags.out or (source.adapter or Path(flags.lora_weights or ".")) / "evaluation.json")
     if not out.parent.is_dir():
         raise UsageError(f"--out={out}: {out.parent} is no folder")
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise UsageError(f"--out={out} {'is a folder: name a .json file in it' if out.is_dir() else 'cannot be written'}")
     sets = _sets(flags, source)
     if any("rougeL" in (flags.metrics or one.metrics()) for one in sets):
         texts.rouge_scorer()

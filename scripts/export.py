@@ -52,20 +52,25 @@ class Flags:
 
 def run(flags: Flags) -> None:
     """Exports, and says what a push to the Hub would send, or sends it."""
-    from surefoot.export import hub, source
+    from surefoot.export import hub, place, prompts, source
 
     _check(flags)
-    form, prompts, say = flags.format, flags.prompts, partial(print, flush=True)
+    form, say = flags.format, partial(print, flush=True)
     if flags.push_to_hub:
         hub.check(flags.push_to_hub)
     where = Path(flags.out or f"{(flags.adapter or flags.model).rstrip('/')}/{form}") if form else Path(flags.model)
     found = source.read(flags.adapter, flags.base_model, flags.onto) if flags.adapter else None
+    if not found:
+        source.check_model(Path(flags.model))
+    if form:
+        place.check(where, overwrites=flags.overwrite)
+        prompts.load(flags.prompts)
     from surefoot.export import formats, story  # torch: after the flags are known to be good
 
     if found and form in MERGED:
-        story.merge_adapter(found, story.Job(where, form, flags.overwrite, flags.parity, prompts, 4 << 30), say)
+        story.merge_adapter(found, story.Job(where, form, flags.overwrite, flags.parity, flags.prompts, 4 << 30), say)
     elif form:
-        job = formats.Job(where, form, flags.overwrite, flags.parity, prompts, flags.converter)
+        job = formats.Job(where, form, flags.overwrite, flags.parity, flags.prompts, flags.converter)
         if found:
             formats.of_adapter(found, job, say)
         else:
@@ -87,6 +92,10 @@ def _check(flags: Flags) -> None:
         problems.append(f"give --format: one of {', '.join(known)}")
     if model and form in MERGED:
         problems.append(f"--format={form} is made from --adapter: --model={model} is whole already")
+    if flags.converter and not form.startswith("gguf"):
+        problems.append(f"--converter has a meaning only with a GGUF format, not with --format={form}")
+    elif flags.converter and not Path(flags.converter).is_file():
+        problems.append(f"--converter={flags.converter} does not exist: give the path of llama.cpp's convert_hf_to_gguf.py")
     if flags.confirm_push and not flags.push_to_hub:
         problems.append("--confirm_push has a meaning only with --push_to_hub=OWNER/NAME")
     if problems:

@@ -64,10 +64,12 @@ def run(flags: Flags) -> None:
     """
     _check(flags)
     source = _source(flags)
-    from surefoot import answering, inference  # torch: after the flags are known to be good
+    from surefoot.data import asked
+
+    job = asked.read_job(flags.input_file, flags.output_file) if flags.input_file and flags.output_file else None
+    from surefoot import answering, inference  # torch: after flags and rows are known to be good
 
     sampling = _sampling(flags)
-    job = answering.read_job(flags.input_file, flags.output_file) if flags.input_file and flags.output_file else None
     opened = inference.open_model(source, dtype=flags.dtype, merges=flags.weights == "merged")
     what = {"adapter": "the adapter beside its base", "merged": "the adapter merged into its base", "base": "the base alone"}[flags.weights]
     what = what if source.adapter else "the model"

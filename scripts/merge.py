@@ -47,7 +47,7 @@ class Flags:
 
 def run(flags: Flags) -> None:
     """Merges, or verifies an earlier merge."""
-    from surefoot.export import source
+    from surefoot.export import place, prompts, source
 
     say = partial(print, flush=True)
     if flags.verify:
@@ -57,9 +57,11 @@ def run(flags: Flags) -> None:
         return
     folder = flags.adapter or flags.adapters or _output_dir(flags.config)
     found = source.read(folder, flags.base_model, flags.onto)
+    where = Path(flags.out or f"{folder.rstrip('/')}/merged-{flags.dtype}")
+    place.check(where, overwrites=flags.overwrite)
+    prompts.load(flags.prompts)
     from surefoot.export import story  # torch: after the flags are known to be good
 
-    where = Path(flags.out or f"{folder.rstrip('/')}/merged-{flags.dtype}")
     job = story.Job(where, flags.dtype, flags.overwrite, flags.parity, flags.prompts, int(flags.shard_gib * 2**30))
     story.merge_adapter(found, job, say)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import torch
 from transformers import TextStreamer
 
 from surefoot import generate
-from surefoot.data import asked, loading
+from surefoot.data import asked
+from surefoot.data.asked import Job
 from surefoot.data.formats import Example, Turn
 from surefoot.errors import DataError, UsageError
 from surefoot.generate import Sampling
@@ -92,34 +91,6 @@ def _talking_style(opened: Opened) -> str:
     """auto goes by the row's columns, and a typed question has none: the chat template where there is one, else the bare text."""
     style = opened.prompts.style
     return style if style != "auto" else "chat" if opened.prompts.template else "verbatim"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A file of questions and where its answers go. note: the file beside `out` that says what made it."""
-
-    rows: list[loading.SourceRow]
-    out: Path
-    note: Path
-    sha256: str
-    questions: list[Example] = field(repr=False)
-
-
-def read_job(asks: str, out: str) -> Job:
-    """Reads and checks the questions before a model is loaded.
-
-    Raises:
-        UsageError: a file that is not there, or cannot be written. DataError: a row without a question.
-    """
-    if not Path(asks).is_file():
-        raise UsageError(f"--input_file={asks} does not exist (looked in {Path.cwd()})")
-    path = Path(out)
-    if not path.parent.is_dir():
-        raise UsageError(f"--output_file={out}: {path.parent} is no folder")
-    rows = loading.read_rows((asks,), "test")
-    note = path.with_suffix(".made_by.json")
-    digest = hashlib.sha256(Path(asks).read_bytes()).hexdigest()
-    return Job(rows=rows, out=path, note=note, sha256=digest, questions=[asked.question(row) for row in rows])
 
 
 def start(job: Job, opened: Opened, sampling: Sampling, settings: dict[str, Any]) -> int:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from surefoot import checkpoint
 from surefoot.config import PROMPT_STYLES
-from surefoot.errors import BackendError, DataError, Preempted, SurefootError, UsageError
+from surefoot.errors import BackendError, DataError, LostError, Preempted, SurefootError, UsageError
 from surefoot.inputs import LOCK
 from surefoot.json_file import read_json, write_json
 from surefoot.plan import Plan
@@ -70,7 +70,7 @@ class RunFolder:
 
 @contextmanager
 def opened(plan: Plan, kernels: Sequence[str] = ()) -> Iterator[RunFolder]:
-    """The run folder, its record begun; on the way out run.json says done, or failed and why.
+    """The run folder, its record begun; on the way out run.json says done, or failed, why, and whether the same command may go through.
 
     Args:
         kernels: those that really run, for backend.json.
@@ -102,14 +102,15 @@ def _recorded(plan: Plan, folder: RunFolder) -> Iterator[None]:
     except BaseException as error:
         reason = str(error) if isinstance(error, SurefootError) else f"{type(error).__name__}: {error}"
         code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", None)
-        folder.note(status="preempted" if code == Preempted.exit_code else "failed", reason=reason, ended=_now())
+        may_pass = code == Preempted.exit_code or isinstance(error, LostError)
+        folder.note(status="preempted" if code == Preempted.exit_code else "failed", reason=reason, may_pass=may_pass, ended=_now())
         raise
     folder.note(status="done", ended=_now())
 
 
 def _continued(record: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
     """run.json of the run so far, without its end, and with a line on where it goes on."""
-    ended = {name: record.get(name) for name in ("status", "reason", "ended")}
+    ended = {name: record.get(name) for name in ("status", "reason", "may_pass", "ended")}
     kept = {name: value for name, value in record.items() if name not in ended}
     return {**kept, "resumes": [*record.get("resumes", []), {"from": checkpoint, "at": _now(), "before": ended}]}
 

@@ -44,6 +44,10 @@ class BackendError(SurefootError):
     exit_code = 5
 
 
+class LostError(BackendError):
+    """Another process or the network was lost: the same command may go through, as after no other BackendError."""
+
+
 class UnslothRefusedError(BackendError):
     """Unsloth is imported, hence transformers patched, and it does not take this run for `reason`: only a new process can go on."""
 

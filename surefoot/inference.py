@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surefoot import checkpoint, run_file
+from surefoot import checkpoint, inputs, run_file
 from surefoot.artifacts import META, PROMPT
 from surefoot.config import PROMPT_STYLES
-from surefoot.errors import BackendError, DataError, UsageError
+from surefoot.errors import BackendError, DataError, UsageError, joined
 from surefoot.json_file import read_json
 from surefoot.plan import ModelPlan
 
@@ -140,6 +140,7 @@ def find(base_model: str | None, adapter: str | None, prompt_style: str | None =
         path = base_model or own.get("path") or config["base_model_name_or_path"]
         revision = own.get("revision") if path == own.get("path") else None
         _check_base(path, adapter, given=bool(base_model))
+    _check_weights(folder if config else None, Path(path))
     kept = own.get("quantization", "none") if config else "none"
     return Source(
         base_model=path, revision=revision, adapter=folder if config else None, style=prompt_style or _style(record, root),
@@ -170,6 +171,18 @@ def _check_base(path: str, adapter: str | None, *, given: bool) -> None:
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         flag = f"--base_model={path} is no folder" if given else f"--lora_weights={adapter}: its base model {path} is not on this machine"
         raise UsageError(f"{flag}. Give --base_model the folder where it lies")
+
+
+def _check_weights(adapter: Path | None, base: Path) -> None:
+    """Raises UsageError for weights that are missing, empty or cut off, before torch is loaded."""
+    problems: list[str] = []
+    if adapter and not any((adapter / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        problems.append(f"--lora_weights={adapter} has adapter_config.json but no adapter_model.safetensors: the run did not save it whole")
+    if adapter:
+        inputs.check_weights("lora_weights", adapter, problems)
+    inputs.check_weights("base_model", base, problems)
+    if problems:
+        raise UsageError(joined(problems))
 
 
 def open_model(source: Source, *, dtype: str = "auto", merges: bool = False) -> Opened:
@@ -205,6 +218,11 @@ def open_model(source: Source, *, dtype: str = "auto", merges: bool = False) -> 
         try:
             adapted = PeftModel.from_pretrained(model, str(source.adapter))
         except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+            if "size mismatch" in str(error):
+                raise UsageError(
+                    f"--lora_weights={source.adapter} was trained on another base than {source.base_model}: its tensors have other shapes. "
+                    "Give --base_model the right one"
+                ) from error
             first = " ".join(str(error).split())[:300]
             raise BackendError(f"--lora_weights={source.adapter} does not load onto {source.base_model}: {first}") from error
         model, kept = (adapted.merge_and_unload(safe_merge=True), {}) if merges else serve(adapted, hf.DTYPES[dtype])

@@ -131,7 +131,7 @@ def _model_config(path: str, problems: list[str]) -> dict[str, Any] | None:
         return None
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         problems.append(f"--base_model={path} holds config.json but no weights (*.safetensors)")
-    _check_weights("base_model", folder, problems)
+    check_weights("base_model", folder, problems)
     return content
 
 
@@ -188,10 +188,10 @@ def _check_checkpoint(flag: str, folder: Path, problems: list[str]) -> None:
                 f"--{flag}={folder}: {file.name} is cut off or damaged ({file.stat().st_size} bytes). "
                 "Take an earlier checkpoint (remove this one)"
             )
-    _check_weights(flag, folder, problems)
+    check_weights(flag, folder, problems)
 
 
-def _check_weights(flag: str, folder: Path, problems: list[str]) -> None:
+def check_weights(flag: str, folder: Path, problems: list[str]) -> None:
     """Every safetensors file must hold its header and as many bytes as the header says."""
     for file in sorted(folder.glob("*.safetensors")):
         complaint = _safetensors_complaint(file)

@@ -13,22 +13,11 @@ from surefoot.errors import DataError
 from surefoot.evaluation import answers, intervals, likelihood, texts
 from surefoot.generate import Sampling
 from surefoot.inference import Opened
+from surefoot.row_sets import RowSet
 
 METRICS = ("accuracy", "exact_match", "rougeL", "sari", "perplexity")
 SHARES = ("accuracy", "exact_match")  # right or wrong by row
 SCORINGS = ("generate", "loglikelihood")
-
-
-class RowSet(NamedTuple):
-    """Rows with one line in the table. task: one of the commonsense tasks, which says what counts as an answer; None for free text."""
-
-    name: str
-    task: str | None
-    examples: tuple[Example, ...]
-
-    def metrics(self) -> tuple[str, ...]:
-        """Those taken unless the user names others."""
-        return ("accuracy", "perplexity") if self.task else ("exact_match", "rougeL", "sari", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)

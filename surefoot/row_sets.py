@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from surefoot.data import loading, split
 from surefoot.data.formats import Dropped, Example, normalise
@@ -12,8 +13,20 @@ from surefoot.data.loading import SourceRow
 from surefoot.errors import DataError, UsageError
 from surefoot.evaluation import answers
 from surefoot.inference import Source
-from surefoot.measure import RowSet
 from surefoot.plan import DataPlan
+
+
+class RowSet(NamedTuple):
+    """Rows with one line in the table. task: one of the commonsense tasks, which says what counts as an answer; None for free text."""
+
+    name: str
+    task: str | None
+    examples: tuple[Example, ...]
+
+    def metrics(self) -> tuple[str, ...]:
+        """Those taken unless the user names others."""
+        return ("accuracy", "perplexity") if self.task else ("exact_match", "rougeL", "sari", "perplexity")
+
 
 ENDINGS = ("json", "jsonl", "json.gz", "jsonl.gz")
 

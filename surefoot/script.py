@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import signal
 import sys
 import time
 import typing
@@ -47,6 +48,7 @@ def _main(kind: type[T], usage: str, run: Callable[..., int | None], *, passes_o
         return 0
     import fire
 
+    signal.signal(signal.SIGTERM, _leave)
     try:
         own, rest = parted(kind, argv) if passes_on else (argv, [])
         line = [f"--{name}={value!r}" for name, value in vars(parse(kind, own)).items()]  # literals, so that Fire guesses nothing
@@ -55,7 +57,15 @@ def _main(kind: type[T], usage: str, run: Callable[..., int | None], *, passes_o
     except SurefootError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
     return code or 0
+
+
+def _leave(number: int, _frame: object) -> None:
+    """Ends on SIGTERM as on Ctrl-C, so that what is half written is taken away."""
+    raise SystemExit(128 + number)
 
 
 def parted(kind: type[Any], argv: Sequence[str]) -> tuple[list[str], list[str]]:

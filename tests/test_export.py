@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 from scripts import export as script_file
 from surefoot import script
 from surefoot.errors import BackendError, UsageError
-from surefoot.export import formats, gguf_file, gguf_vocab, hub, serving, source
+from surefoot.export import formats, gguf_file, gguf_vocab, hub, merge, serving, source
 from tests.conftest import SMALL_MODEL
 from tests.export_runs import trained
 
@@ -116,6 +117,23 @@ def test_gguf_when_the_tokenizer_splits_in_an_unknown_way_then_is_refused(tmp_pa
         gguf_vocab.read(folder, 4096)
 
 
+def test_export_when_it_cannot_end_well_then_is_refused_before_the_merge(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "write", lambda *_, **__: pytest.fail("merged all the same"))
+    run = shutil.copytree(trained("lora"), tmp_path / "run")
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+        with pytest.raises(BackendError, match=r"needs 0\.0 GiB of disk, and 0\.0 are free"):
+            export(run, tmp_path / "out", "gguf-q8_0")
+    content = json.loads((run / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
+    (run / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="splits text in a way"):
+        export(run, tmp_path / "out", "gguf-q8_0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
 def test_converter_when_given_then_writes_the_gguf_or_its_last_word_is_passed_on(tmp_path: Path) -> None:
     converter = tmp_path / "convert_hf_to_gguf.py"
     file = tmp_path / "model.gguf"
@@ -125,8 +143,6 @@ def test_converter_when_given_then_writes_the_gguf_or_its_last_word_is_passed_on
     converter.write_text("raise NotImplementedError('BPE pre-tokenizer was not recognized')")
     with pytest.raises(BackendError, match=r"failed \(exit 1\): NotImplementedError: BPE pre-tokenizer was not recognized"):
         gguf_file.convert(str(converter), SMALL_MODEL, file, "gguf-q8_0")
-    with pytest.raises(UsageError, match=r"does not exist: give the path of llama\.cpp's"):
-        gguf_file.convert(str(tmp_path / "gone.py"), SMALL_MODEL, file, "gguf-q8_0")
 
 
 QWEN = (
@@ -215,6 +231,8 @@ def test_push_when_not_confirmed_then_lists_and_sends_nothing(tmp_path: Path) ->
         (["--format=bf16", "--model=x"], "--model=x is whole already"),
         (["--model=x", "--push_to_hub=name"], "--push_to_hub=name must be OWNER/NAME"),
         (["--model=x", "--confirm_push", "--format=bnb-4bit"], "--confirm_push has a meaning only with --push_to_hub"),
+        (["--adapter=x", "--format=gguf-f16", "--converter=/gone.py"], "--converter=/gone.py does not exist: give the path of llama.cpp's"),
+        (["--adapter=x", "--format=bf16", "--converter=/gone.py"], "--converter has a meaning only with a GGUF format"),
         (["--model=/gone", "--format=bnb-4bit"], "--model=/gone is no model folder"),
         (["--formt=bf16", "--adapter=x"], "--formt is not a flag. Did you mean --format?"),
     ],

@@ -153,6 +153,25 @@ def test_build_when_the_stage_is_unknown_then_names_the_stages() -> None:
     assert "'stage4' is no stage. Use stage1, stage2 or stage3" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["docker/lock.sh", "--help"], 0, "lock.sh [FOLDER]: writes *.lock"),
+        (["docker/lock.sh", "--check"], 2, "lock.sh: --check is no option"),
+        (["docker/lock.sh", "/gone"], 2, "lock.sh: /gone is no folder"),
+        (["docker/system.sh", "--help"], 0, "system.sh build|run:"),
+        (["docker/system.sh", "stage1"], 2, "system.sh: 'stage1' is neither build nor run"),
+        (["docker/flash_attn.sh", "wheel"], 2, "flash_attn.sh: 'wheel' is neither source nor none"),
+        (["docker/build.sh", "--help"], 0, "build.sh stage1|stage2|stage3"),
+    ],
+)
+def test_script_when_asked_for_help_or_a_word_is_unknown_then_answers_and_does_nothing(words: list[str], code: int, said: str) -> None:
+    done = subprocess.run([ROOT / words[0], *words[1:]], capture_output=True, text=True, timeout=10)
+    assert done.returncode == code
+    assert (done.stderr if code else done.stdout).startswith(said)
+    assert code == 0 or done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("number", STAGES)
 def test_stack_when_it_is_the_pinned_one_then_nothing_is_said(number: int) -> None:
     assert list(pinned.differences(pinned.pins(lock(number)), as_loaded(number))) == []

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from surefoot.errors import NumericsError, UsageError
-from surefoot.export import judge, parity, prompts, source, story
+from surefoot.export import formats, judge, parity, prompts, source, story
 from surefoot.export.judge import Subject
 from surefoot.export.parity import BANDS, Band, Difference
 from tests.conftest import ROOT, SMALL_MODEL
@@ -52,8 +52,55 @@ def test_bands_when_read_then_are_those_that_were_measured() -> None:
     record = json.loads((ROOT / "benchmarks/results/export_bands_cpu.json").read_text())
     measured = {form: Band(one["band"]["relative_max"], one["band"]["kl_mean"]) for form, one in record["bands"].items()}
     assert measured == BANDS
-    caught = [told.split(" of ") for told in record["wrong_merges_outside"].values()]
+    caught = [told["fp32"].split(" of ") for told in record["wrong_exports_outside"].values()]
     assert all(one == every for one, every in caught)
+
+
+@pytest.mark.parametrize(("method", "dtype", "form"), [("dora", "bf16", ""), ("qdora", "fp32", "gguf-q8_0"), ("lora", "bf16", "bnb-4bit")])
+def test_verdict_when_one_layers_adapter_is_lost_then_its_tensor_tells(
+    trained: Trained, tmp_path: Path, method: str, dtype: str, form: str
+) -> None:
+    spoilt, folder = shutil.copytree(trained(method), tmp_path / "run"), tmp_path / "merged"
+    tensors = load_file(spoilt / "adapter_model.safetensors")
+    name = next(name for name in tensors if "layers.1.mlp.down_proj.lora_B" in name)
+    save_file(tensors | {name: tensors[name] * 0}, spoilt / "adapter_model.safetensors")
+    merged(spoilt, folder, dtype)
+    subject = rounded(folder, tmp_path / "out", form) if form else Subject(folder, dtype)
+    verdict = judge.of_adapter(source.read(str(trained(method))), subject, few(tmp_path))
+    assert verdict.record["tensor_differences"] == [
+        f"1 of {verdict.record['tensor_differences'][0].split()[2]} tensors are not those of merged but for {dtype}'s rounding, "
+        "first model.layers.1.mlp.down_proj.weight"
+    ]
+    assert not verdict.holds
+
+
+@pytest.mark.parametrize("form", ["gguf-q8_0", "bnb-4bit"])
+def test_verdict_when_the_export_is_of_other_tensors_then_they_are_told(trained: Trained, tmp_path: Path, form: str) -> None:
+    folder = merged(trained("lora"), tmp_path / "merged", "bf16")
+    other = shutil.copytree(folder, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    one, two = (f"model.layers.{n}.mlp.up_proj.weight" for n in (1, 2))
+    save_file(tensors | {one: tensors[two], two: tensors[one].clone()}, other / "model.safetensors", metadata={"format": "pt"})
+    found = source.read(str(trained("lora")))
+    right = judge.of_adapter(found, rounded(folder, tmp_path / "right", form), few(tmp_path))
+    assert right.record["tensor_differences"] == []
+    wrong = rounded(other, tmp_path / "wrong", form)._replace(made_from=folder)
+    (said,) = judge.of_adapter(found, wrong, few(tmp_path)).record["tensor_differences"]
+    assert said.startswith("2 of ")
+
+
+def few(folder: Path) -> str:
+    """A file of two prompts: tensors need none."""
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(prompts.PROMPTS[:2]))
+    return str(file)
+
+
+def rounded(folder: Path, out: Path, form: str) -> Subject:
+    """The model in `folder` exported, not judged yet."""
+    formats.of_model(folder, formats.Job(out, form, False, False, "", ""), lambda _: None)
+    file = next((path.name for path in out.glob("*.gguf")), None)
+    return Subject(out, formats.BAND_OF[form], file, folder)
 
 
 def test_verdict_when_a_qdora_adapter_is_merged_onto_the_wrong_base_then_does_not_hold(trained: Trained, tmp_path: Path) -> None:

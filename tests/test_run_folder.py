@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 import finetune as program
 from surefoot import artifacts
+from surefoot.errors import BackendError, LostError
+from surefoot.training import trainer
 from tests.runs import quick, words
 
 
@@ -46,3 +49,17 @@ def test_output_dir_when_another_run_writes_there_then_is_left_alone(
     assert f"--output_dir={folder}: another run still writes there" in capsys.readouterr().err
     assert contents(folder) == before
     assert program.main() == 0
+
+
+@pytest.mark.parametrize("error", [LostError("rank 0 lost another process at step 3"), BackendError("out of memory")])
+def test_record_when_a_run_ends_with_5_then_says_whether_the_same_command_may_pass(
+    error: BackendError, tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "train", ends)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words(quick(data_path=rows, output_dir=tmp_path / "run"))])
+    assert program.main() == 5
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["status"], record["reason"], record["may_pass"]) == ("failed", str(error), isinstance(error, LostError))

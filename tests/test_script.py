@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from surefoot import script
 from surefoot.script import REQUIRED, flag
+from tests.conftest import ROOT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +86,25 @@ def test_words_when_another_programs_flags_stand_among_them_then_are_passed_on(m
     monkeypatch.setattr(sys, "argv", ["some.py", *words])
     assert script.main(Folders, "usage", lambda flags, rest: given.extend((flags, rest)) or 4, passes_on=True) == 4
     assert given == [Folders(folders=("c", "d"), out="y"), ["--base_model", "x", "--targets", "a", "b"]]
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "some.py: stopped by Ctrl-C\n"), (signal.SIGTERM, 143, "")])
+def test_script_when_told_to_stop_then_cleans_up_and_says_so_in_a_line(number: int, code: int, said: str, tmp_path: Path) -> None:
+    program = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv[0] = "some.py"
+from surefoot import script
+from surefoot.export import place
+from tests.test_script import Folders
+def run(flags):
+    with place.staged(Path({str(tmp_path / "out")!r})) as folder:
+        (folder / "half").touch()
+        os.kill(os.getpid(), {int(number)})
+        input()
+sys.exit(script.main(Folders, "usage", run))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert list(tmp_path.iterdir()) == []

@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from surefoot.data import loading
 from surefoot.data.formats import Dropped, Example, Turn, normalise
 from surefoot.data.loading import SourceRow
 from surefoot.data.prompts import Prompts, Rendered
-from surefoot.errors import DataError
+from surefoot.errors import DataError, UsageError
 
 PLACE = "answer"  # stands for the answer in questions that have none; never part of a prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A file of questions and where its answers go. note: the file beside `out` that says what made it."""
+
+    rows: list[SourceRow]
+    out: Path
+    note: Path
+    sha256: str
+    questions: list[Example] = field(repr=False)
+
+
+def read_job(asks: str, out: str) -> Job:
+    """Reads and checks the questions before a model is loaded.
+
+    Raises:
+        UsageError: a file that is not there, or cannot be written. DataError: a row without a question.
+    """
+    if not Path(asks).is_file():
+        raise UsageError(f"--input_file={asks} does not exist (looked in {Path.cwd()})")
+    path = Path(out)
+    if not path.parent.is_dir():
+        raise UsageError(f"--output_file={out}: {path.parent} is no folder")
+    try:
+        rows = loading.read_rows((asks,), "test")
+    except UsageError as error:
+        raise UsageError(str(error).replace("--data_path=", "--input_file=")) from None
+    note = path.with_suffix(".made_by.json")
+    digest = hashlib.sha256(Path(asks).read_bytes()).hexdigest()
+    return Job(rows=rows, out=path, note=note, sha256=digest, questions=[question(row) for row in rows])
 
 
 def before_answer(prompts: Prompts, example: Example) -> Rendered:

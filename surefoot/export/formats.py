@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from surefoot import runtime
 from surefoot.artifacts import META, PROMPT
 from surefoot.errors import BackendError, UsageError
-from surefoot.export import GGUF, carry, judge, merge, place, records, serving, shards, story
+from surefoot.export import GGUF, carry, gguf_vocab, judge, merge, place, prompts, records, serving, shards, source, story
 from surefoot.export.judge import Subject, Verdict
 from surefoot.export.source import Source
 from surefoot.json_file import read_json
@@ -20,6 +22,7 @@ from surefoot.script import told
 
 Say = Callable[[str], object]
 BAND_OF = {"bnb-4bit": "nf4", "gguf-f32": "fp32", "gguf-f16": "fp16", "gguf-bf16": "bf16", "gguf-q8_0": "q8_0"}
+BYTES = {"bnb-4bit": 0.5, "gguf-f32": 4, "gguf-f16": 2, "gguf-bf16": 2, "gguf-q8_0": 34 / 32}  # a weight's; the least, for bnb-4bit
 
 
 class Job(NamedTuple):
@@ -41,12 +44,14 @@ def of_adapter(found: Source, job: Job, say: Say) -> None:
     """
     place.check(job.out, overwrites=job.overwrites)
     runtime.quiet()
-    if job.form in GGUF and not job.converter:
-        _check_gguf(found.base, found.base_config)
+    _check(job, found.base, found.base_config, found.tokenizer)
+    dtype = "bf16" if job.form in ("bnb-4bit", "gguf-bf16") else "fp32"
+    work = merge.prepare(found, dtype)
+    weight = merge.DTYPES[dtype].itemsize
+    place.check_room(job.out, sum(output.size * (1 + BYTES[job.form] / weight) for output in merge.outputs(work)))
     job.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{job.out.name}.", suffix=".merged", dir=job.out.parent) as folder:
         merged = Path(folder)
-        work = merge.prepare(found, "bf16" if job.form in ("bnb-4bit", "gguf-bf16") else "fp32")
         total = len(merge.outputs(work))
         for _ in told(merge.write(work, merged, shard_bytes=4 << 30), total, "merged", "tensor"):
             pass
@@ -62,13 +67,11 @@ def of_model(folder: Path, job: Job, say: Say) -> None:
     Raises:
         UsageError: no such model. NumericsError: beyond the parity band.
     """
-    if not (folder / "config.json").is_file():
-        hint = f"it is an adapter: give --adapter={folder}" if (folder / "adapter_config.json").is_file() else "it has no config.json"
-        raise UsageError(f"--model={folder} is no model folder: {hint}")
+    source.check_model(folder)
     place.check(job.out, overwrites=job.overwrites)
     runtime.quiet()
-    if job.form in GGUF and not job.converter:
-        _check_gguf(folder, read_json(folder / "config.json"))
+    _check(job, folder, read_json(folder / "config.json"), folder)
+    place.check_room(job.out, sum(math.prod(stored.shape) * BYTES[job.form] for stored in shards.stored(folder).values()))
     meta = read_json(folder / META)
     try:
         found = story.from_meta(meta) if "adapter" in meta else None
@@ -78,10 +81,17 @@ def of_model(folder: Path, job: Job, say: Say) -> None:
     _export(folder, found, meta.get("run") or read_json(folder / "run.json"), job, say)
 
 
-def _check_gguf(folder: Path, config: dict[str, Any]) -> None:
-    from surefoot.export import gguf_file
+def _check(job: Job, folder: Path, config: dict[str, Any], tokenizer: Path) -> None:
+    """All that can be refused before the merge, which takes minutes and gigabytes."""
+    prompts.load(job.prompt_file)
+    if job.form == "bnb-4bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise BackendError("--format=bnb-4bit needs bitsandbytes, which is not installed: pip install 'surefoot[bnb]'")
+    if job.form in GGUF and not job.converter:
+        from surefoot.export import gguf_file
 
-    gguf_file.check(folder, config)
+        gguf_file.check(folder, config)
+        gguf_file.tensors(folder, config, job.form)
+        gguf_vocab.check(tokenizer)
 
 
 def _export(folder: Path, found: Source | None, record: dict[str, Any], job: Job, say: Say) -> None:

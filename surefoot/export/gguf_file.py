@@ -78,8 +78,8 @@ def write(folder: Path, file: Path, form: str) -> Iterator[Tensor]:
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     check(folder, config)
-    tensors = _tensors(folder, config, TYPES[form][0])
-    rows = next(tensor.stored.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
+    found = tensors(folder, config, form)
+    rows = next(tensor.stored.shape[0] for tensor in found if tensor.name == "token_embd.weight")
     vocabulary = gguf_vocab.read(folder, rows)
     writer = GGUFWriter(file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config["model_type"]]])
     _add_config(writer, config, TYPES[form][1], folder.name)
@@ -87,7 +87,7 @@ def write(folder: Path, file: Path, form: str) -> Iterator[Tensor]:
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    for tensor in tensors:
+    for tensor in found:
         shape = gguf.quant_shape_to_byte_shape(tensor.stored.shape, tensor.type)
         dtype = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(tensor.type, np.uint8)
         size = int(np.prod(shape))
@@ -100,7 +100,7 @@ def write(folder: Path, file: Path, form: str) -> Iterator[Tensor]:
     try:
         if factors is not None:
             writer.write_tensor_data(factors)
-        for tensor in tensors:
+        for tensor in found:
             writer.write_tensor_data(tensor.made())
             yield tensor
     except OSError as error:
@@ -108,7 +108,8 @@ def write(folder: Path, file: Path, form: str) -> Iterator[Tensor]:
     writer.close()
 
 
-def _tensors(folder: Path, config: dict[str, Any], kind: GGMLQuantizationType) -> list[Tensor]:
+def tensors(folder: Path, config: dict[str, Any], form: str) -> list[Tensor]:
+    """What is written of the model in `folder`. Raises UsageError: a tensor that has no place in a GGUF."""
     names = gguf.get_tensor_name_map(ARCHITECTURES[config["model_type"]], config["num_hidden_layers"])
     is_llama = ARCHITECTURES[config["model_type"]] == gguf.MODEL_ARCH.LLAMA
     found = []
@@ -120,7 +121,7 @@ def _tensors(folder: Path, config: dict[str, Any], kind: GGMLQuantizationType) -
             raise UsageError(f"{folder}: {stored.name} has no place in a GGUF of {config['model_type']}. {WAY_OUT}")
         is_query, is_key = ".attn_q." in name, ".attn_k." in name
         heads = (config["num_attention_heads"] if is_query else _key_heads(config)) if is_llama and (is_query or is_key) else 0
-        found.append(Tensor(name, stored, _type(stored, kind), heads))
+        found.append(Tensor(name, stored, _type(stored, TYPES[form][0]), heads))
     return found
 
 
@@ -208,13 +209,7 @@ def differences(file: Path, folder: Path) -> list[str]:
 
 
 def convert(converter: str, folder: Path, file: Path, form: str) -> None:
-    """Runs llama.cpp's convert_hf_to_gguf.py in a process of its own.
-
-    Raises:
-        UsageError: there is no such file. BackendError: it failed.
-    """
-    if not Path(converter).is_file():
-        raise UsageError(f"--converter={converter} does not exist: give the path of llama.cpp's convert_hf_to_gguf.py")
+    """Runs llama.cpp's convert_hf_to_gguf.py in a process of its own. Raises BackendError: it failed."""
     command = [sys.executable, converter, str(folder), "--outfile", str(file), "--outtype", form.removeprefix("gguf-")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not file.is_file():

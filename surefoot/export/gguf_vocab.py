@@ -37,15 +37,10 @@ def read(folder: Path, rows: int) -> Vocabulary:
     """The tokenizer in `folder`, filled up to the model's `rows` with unused tokens.
 
     Raises:
-        UsageError: it is no byte-level BPE, or splits text in a way whose name in llama.cpp is not known here.
+        UsageError: as check().
     """
-    try:
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}/tokenizer.json cannot be read ({error}): a GGUF is made from a fast tokenizer") from None
+    content, pre = check(folder)
     model = content["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise UsageError(f"{folder}: a {model.get('type')} tokenizer with byte fallback or scores is not written here. {WAY_OUT}")
     loaded = carry.tokenizer(folder)
     tokens = [f"[UNUSED{index}]" for index in range(rows)]
     kinds = [UNUSED] * rows
@@ -59,7 +54,7 @@ def read(folder: Path, rows: int) -> Vocabulary:
         tokens,
         kinds,
         merges,
-        _pre(folder, content.get("pre_tokenizer")),
+        pre,
         {name: index for name, index in special.items() if index is not None},
         loaded("x")["input_ids"][:1] == [loaded.bos_token_id],
         loaded.chat_template or None,
@@ -67,6 +62,24 @@ def read(folder: Path, rows: int) -> Vocabulary:
 
 
 WAY_OUT = "Give --converter=convert_hf_to_gguf.py of llama.cpp, which knows more"
+
+
+def check(folder: Path) -> tuple[dict[str, Any], str]:
+    """The content of tokenizer.json, and llama.cpp's name of how it splits text.
+
+    Raises:
+        UsageError: it is no byte-level BPE, or splits text in a way whose name in llama.cpp is not known here.
+    """
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}/tokenizer.json cannot be read ({error}): a GGUF is made from a fast tokenizer") from None
+    model = content["model"]
+    if model.get("type") != "BPE":
+        raise UsageError(f"{folder}: a {model.get('type')} tokenizer is not written here. {WAY_OUT}")
+    if model.get("byte_fallback") and "<0x00>" in model["vocab"]:  # without such tokens it never acts, as in a GGUF's tokenizer read back
+        raise UsageError(f"{folder}: a BPE tokenizer with byte fallback is not written here. {WAY_OUT}")
+    return content, _pre(folder, content.get("pre_tokenizer"))
 
 
 def _pre(folder: Path, pre_tokenizer: dict[str, Any] | None) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from surefoot.backends import hf
 from surefoot.errors import BackendError
-from surefoot.export import carry, parity, prompts
+from surefoot.export import carry, parity, prompts, rounding
 from surefoot.export.parity import BANDS, Reference
 from surefoot.export.source import Source
 from surefoot.json_file import read_json
@@ -44,16 +44,40 @@ class Verdict(NamedTuple):
         return not self.reasons
 
 
+class Observed(NamedTuple):
+    """What exports are judged by: models' answers by name, of which the first decides, and the tokenizer and prompts behind them.
+    `beyond` is what of the merged tensors is not PEFT's own merge.
+    """
+
+    references: dict[str, Reference]
+    tokenizer: Any
+    texts: tuple[str, ...]
+    beyond: tuple[str, ...] = ()
+
+
 def of_adapter(source: Source, subject: Subject, prompt_file: str = "") -> Verdict:
-    """The export against the adapter on its base, and where that is another than it was trained on, also against that, for information."""
+    """The export against the adapter on its base, and where that is another than it was trained on, also against that, for information.
+
+    The merged tensors must be PEFT's own but for their dtype's rounding, those of a GGUF or 4-bit model the merged ones but for its own.
+    """
+    merged = Subject(subject.made_from, dtype_of(subject.made_from)) if subject.made_from else subject
+    return judge(subject, observe(source, prompt_file, merged))
+
+
+def observe(source: Source, prompt_file: str = "", merged: Subject | None = None) -> Observed:
+    """What the adapter says on its base, and whether `merged` has the tensors of its merge."""
     texts = prompts.load(prompt_file)
     before = carry.tokenizer(source.tokenizer, trusts_remote_code=source.trusts_remote_code)
     ids = prompts.encoded(before, texts)
     rows = int(source.base_config.get("vocab_size") or source.base_config["text_config"]["vocab_size"])
-    references = {f"adapter on the {_named(source.onto)} base": _observed(_adapted(source, source.onto), ids, rows)}
+    model = _adapted(source, source.onto)
+    references = {f"adapter on the {_named(source.onto)} base": parity.observe(model, ids, rows)}
+    beyond = rounding.beyond(model.merge_and_unload(), merged.folder, merged.format, rows) if merged and source.onto != "int8" else []
+    del model
+    _free()
     if source.onto != source.seen:
         references[f"adapter on the {_named(source.seen)} base it was trained on"] = _observed(_adapted(source, source.seen), ids, rows)
-    return _judge(subject, references, before, texts)
+    return Observed(references, before, texts, tuple(beyond))
 
 
 def of_model(folder: Path, subject: Subject, prompt_file: str = "") -> Verdict:
@@ -62,23 +86,26 @@ def of_model(folder: Path, subject: Subject, prompt_file: str = "") -> Verdict:
     before = carry.tokenizer(folder, trusts_remote_code=subject.trusts_remote_code)
     model = _loaded(str(folder), trusts_remote_code=subject.trusts_remote_code)
     rows = model.get_output_embeddings().weight.shape[0]
-    return _judge(subject, {f"the model {folder.name}": _observed(model, prompts.encoded(before, texts), rows)}, before, texts)
+    return judge(subject, Observed({f"the model {folder.name}": _observed(model, prompts.encoded(before, texts), rows)}, before, texts))
 
 
 def _named(quantization: str) -> str:
     return "unquantized" if quantization == "none" else f"dequantized {quantization}"
 
 
-def _judge(subject: Subject, references: dict[str, Reference], before: Any, texts: tuple[str, ...]) -> Verdict:
+def judge(subject: Subject, observed: Observed) -> Verdict:
     """The first reference decides; the others are measured."""
     model = _exported(subject)
-    found = {name: parity.compare(reference, model) for name, reference in references.items()}
+    beyond = list(observed.beyond)
+    if subject.made_from:  # before the first forward, which packs 4-bit weights anew on some CPUs
+        beyond += rounding.beyond(model, subject.made_from, subject.format)
+    found = {name: parity.compare(reference, model) for name, reference in observed.references.items()}
     del model
     _free()
-    strange = _tokenizer_differences(subject, before, texts)
+    strange = _tokenizer_differences(subject, observed.tokenizer, observed.texts)
     main, *_ = found.values()
     band = BANDS[subject.format]
-    reasons = [*main.beyond(band), *strange]
+    reasons = [*main.beyond(band), *beyond, *strange]
     record = {
         "verdict": "beyond the band" if reasons else "holds",
         "reasons": reasons,
@@ -87,6 +114,7 @@ def _judge(subject: Subject, references: dict[str, Reference], before: Any, text
         "computed_in": "fp32",
         "new_tokens": parity.NEW_TOKENS,
         "against": {name: difference.record() for name, difference in found.items()},
+        "tensor_differences": beyond,
         "tokenizer_differences": strange,
     }
     return Verdict(record, tuple(reasons), "\n".join(f"parity with the {name}: {difference.line()}" for name, difference in found.items()))

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from surefoot import checkpoint
 from surefoot.artifacts import META
-from surefoot.errors import UsageError
+from surefoot.errors import BackendError, UsageError
 
 REFUSED = ".refused"  # appended to the name of what was written but failed its parity verdict
 
 
 def check(out: Path, *, overwrites: bool) -> None:
     """Raises UsageError when `out` is in use, cannot be written, or would replace what this program did not write."""
-    parent = next(place for place in out.absolute().parents if place.exists())
+    parent = _parent(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"--out={out}: {parent} {'is a file' if not parent.is_dir() else 'cannot be written'}")
     if not out.exists():
@@ -27,6 +27,18 @@ def check(out: Path, *, overwrites: bool) -> None:
         raise UsageError(f"--out={out} exists: give --overwrite, or another --out")
     if not out.is_dir() or (any(out.iterdir()) and not (out / META).is_file()):
         raise UsageError(f"--out={out} is nothing that this program exported (no {META}): remove it yourself, or give another --out")
+
+
+def check_room(out: Path, size: float) -> None:
+    """Raises BackendError when the disk of `out` has no `size` bytes free."""
+    free = shutil.disk_usage(_parent(out)).free
+    if size > free:
+        raise BackendError(f"--out={out} needs {size / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are free: give one on another disk")
+
+
+def _parent(out: Path) -> Path:
+    """The nearest folder above `out` that is there."""
+    return next(place for place in out.absolute().parents if place.exists())
 
 
 @contextmanager

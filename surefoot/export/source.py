@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surefoot import checkpoint
+from surefoot import checkpoint, inputs
 from surefoot.errors import UsageError, joined
 from surefoot.json_file import read_json
 
@@ -63,6 +63,7 @@ def read(adapter: str, base_model: str = "", onto: str = "seen") -> Source:
     stamp, record = read_json(root / "backend.json"), read_json(root / "run.json")
     problems, notes = _config_problems(config), []
     problems += _stamp_problems(stamp, config, folder)
+    inputs.check_weights("adapter", folder, problems)
     if onto not in ONTO:
         problems.append(f"--onto={onto} must be one of {', '.join(ONTO)}")
     seen = stamp.get("quantization") or (onto if onto in ("nf4", "int8") else "none")
@@ -81,6 +82,9 @@ def read(adapter: str, base_model: str = "", onto: str = "seen") -> Source:
     if problems:
         raise UsageError(joined(problems))
     name, base = _base(base_model, stamp, config, notes)
+    inputs.check_weights("base_model", base, problems)
+    if problems:
+        raise UsageError(joined(problems))
     return Source(
         adapter=folder,
         config=config,
@@ -93,6 +97,17 @@ def read(adapter: str, base_model: str = "", onto: str = "seen") -> Source:
         record=record,
         notes=tuple(notes),
     )
+
+
+def check_model(folder: Path) -> None:
+    """Raises UsageError: there is no such model."""
+    if not (folder / "config.json").is_file():
+        hint = f"it is an adapter: give --adapter={folder}" if (folder / "adapter_config.json").is_file() else "it has no config.json"
+        raise UsageError(f"--model={folder} is no model folder: {hint}")
+    problems: list[str] = []
+    inputs.check_weights("model", folder, problems)
+    if problems:
+        raise UsageError(joined(problems))
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from surefoot import checkpoint, runtime
 from surefoot.artifacts import META
 from surefoot.errors import NumericsError, UsageError
-from surefoot.export import judge, merge, place, records, serving, source
+from surefoot.export import judge, merge, place, prompts, records, serving, source
 from surefoot.export.judge import Subject, Verdict
 from surefoot.export.source import Source
 from surefoot.json_file import read_json, write_json
@@ -36,8 +36,10 @@ def merge_adapter(found: Source, job: Job, say: Say) -> None:
         NumericsError: beyond the parity band; what was written is then kept beside, with `.refused` at the end of its name.
     """
     place.check(job.out, overwrites=job.overwrites)
+    prompts.load(job.prompt_file)
     runtime.quiet()
     work = merge.prepare(found, job.dtype)
+    place.check_room(job.out, sum(output.size for output in merge.outputs(work)))
     say(f"merging {found.method} ({len(work.adapter.layers)} layers) into {found.base_name}, {named(found.onto)}, as {job.dtype}")
     with place.staged(job.out) as folder:
         written = list(told(merge.write(work, folder, shard_bytes=job.shard_bytes), len(merge.outputs(work)), "merged", "tensor"))

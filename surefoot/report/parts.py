@@ -65,26 +65,34 @@ def section(title: str, *parts: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], *, texts: bool = False) -> str:
-    """Cells of text (or html(...)); numbers are set to the right. Empty where there are no rows."""
+    """Cells of text (or html(...)); columns of numbers alone are set to the right. Empty where there are no rows."""
     if not rows:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    body = "\n".join("<tr>" + "".join(_cell(cell, texts) for cell in row) + "</tr>" for row in rows)
+    of_numbers = [all(_is_number(cell) for cell in column) for column in zip(*rows, strict=True)]
+    body = "\n".join(
+        "<tr>" + "".join(_cell(cell, texts, right) for cell, right in zip(row, of_numbers, strict=True)) + "</tr>" for row in rows
+    )
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
 
 
 def facts(rows: Sequence[tuple[str, Any]]) -> str:
     """What is told, and what it is; empty where there are no rows."""
     lines = [
-        f"<tr><td>{escape(name)}</td><td>{value if isinstance(value, Html) else escape(plain(value))}</td></tr>" for name, value in rows
+        f'<tr><td class="plain">{escape(name)}</td><td>{value if isinstance(value, Html) else escape(plain(value))}</td></tr>'
+        for name, value in rows
     ]
     return f'<div class="wide"><table>\n{chr(10).join(lines)}\n</table></div>' if rows else ""
 
 
-def _cell(cell: Any, texts: bool) -> str:
+def _is_number(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, (int, float)) and not isinstance(cell, bool))
+
+
+def _cell(cell: Any, texts: bool, right: bool) -> str:
     if isinstance(cell, Html):
         return f"<td>{cell}</td>"
-    if isinstance(cell, (int, float)) and not isinstance(cell, bool):
+    if right:
         return f'<td class="number">{plain(cell)}</td>'
     return f'<td class="{"text" if texts else "plain"}">{escape(plain(cell))}</td>'
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from surefoot.errors import BackendError, NumericsError
+from surefoot.errors import BackendError, LostError, NumericsError
 from surefoot.plan import Plan
 from surefoot.signals import StopRequest
 from surefoot.training import compiling, engines, gpu_memory, leak, pace, saved
@@ -68,7 +68,7 @@ def _explained(plan: Plan, heartbeat: Heartbeat) -> Iterator[None]:
             ) from error
         if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no type of its own
             place = f"rank {heartbeat.rank} lost another process at step {heartbeat.step} in {heartbeat.phase}"
-            raise BackendError(f"{place} ({text.partition('. This is')[0]}). What that one said last is the cause; {way_out}") from error
+            raise LostError(f"{place} ({text.partition('. This is')[0]}). What that one said last is the cause; {way_out}") from error
         raise
 
 

@@ -51,6 +51,7 @@ def fetch(out: str) -> Path:
 def convert(gguf: Path, folder: Path) -> None:
     """Dequantizes a GGUF model to bf16 safetensors with its tokenizer."""
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from surefoot import runtime
@@ -58,6 +59,9 @@ def convert(gguf: Path, folder: Path) -> None:
     runtime.quiet()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    words = tokenizer.backend_tokenizer
+    # each digit a word of its own, as the GGUF says (tokenizer.ggml.pre: smollm) and transformers does not read
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words.pre_tokenizer])
     # <|im_end|> is what the GGUF's own metadata name; transformers reads <|im_start|> for both
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     config = model.config

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from torch.distributed.tensor import DTensor
 
 from surefoot import checkpoint
 from surefoot.errors import NumericsError
@@ -35,7 +34,6 @@ class SurefootTrainer(ResumableTrainer):
     _tokens: torch.Tensor | None = None
     _pending: Pending | None = None
     _trained: list[torch.nn.Parameter]
-    _is_in_pieces: bool  # each process has a piece of each trained tensor (FSDP2)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.ledger.meter.count(inputs.pop("lengths"), inputs["input_ids"].shape)
@@ -52,19 +50,13 @@ class SurefootTrainer(ResumableTrainer):
         model, loader = super()._prepare_for_training(*args, **named)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         pace.spare_walks(model, self.accelerator.unwrap_model(model), self._trained)
-        self._is_in_pieces = self.engine == "fsdp" and all(isinstance(parameter, DTensor) for parameter in self._trained)
-        if self._is_in_pieces:
-            pace.step_on_pieces(getattr(self.optimizer, "optimizer", self.optimizer))
         return model, loader
 
     def _clip_grad_norm(self, model: Any, limit: float | None = None) -> Any:
         """The norm before clipping, on the device (DeepSpeed has clipped); transformers' own walks through the frozen tensors too."""
         if self.engine == "deepspeed":
             return model.get_global_grad_norm()
-        limit = self.args.max_grad_norm if limit is None else limit
-        if self._is_in_pieces and self.accelerator.scaler is None:
-            return pace.clip_pieces(self._trained, limit)
-        return self.accelerator.clip_grad_norm_(self._trained, limit)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm if limit is None else limit)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """transformers' own counts the parameters anew for every pass."""

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from transformers import masking_utils
 
 
@@ -49,43 +47,6 @@ def positions_of_single_rows() -> Iterator[None]:
 
 def _never(_positions: torch.Tensor) -> None:
     return None
-
-
-def step_on_pieces(optimizer: torch.optim.Optimizer) -> None:
-    """Gives FSDP2's AdamW each process's own pieces in its step, which treats every element by itself.
-
-    Through DTensor the same step cost the host 35 ms instead of 9.5 (672 tensors, one CPU core).
-    """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return
-    plain = optimizer._init_group
-
-    def init_group(group: dict[str, Any], *lists: list[torch.Tensor]) -> bool:
-        is_complex = plain(group, *lists)
-        for tensors in lists:
-            tensors[:] = _pieces(tensors)
-        return is_complex
-
-    optimizer._init_group = init_group
-
-
-@torch.no_grad()
-def clip_pieces(trained: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
-    """The norm of all gradients, of which each process has its piece, before they are clipped to `limit`: one collective.
-
-    As torch.nn.utils.clip_grad_norm_, which takes three times as long through DTensor. Every rank must call it.
-    """
-    gradients = _pieces([parameter.grad for parameter in trained if parameter.grad is not None])
-    squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-    dist.all_reduce(squares)
-    norm = squares.sqrt()
-    if limit != float("inf"):
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
-
-
-def _pieces(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def spare_deepspeeds_waits(config: dict[str, Any]) -> None:

@@ -48,6 +48,25 @@ def test_auto_when_everything_fits_then_recomputes_nothing_and_says_by_how_much(
     assert reason(made) == f"estimate {made.memory.gib:.1f} GiB without recompute, 139.8 GiB less 8%: none"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "engine", "says"),
+    [
+        (H200, {"engine": "fsdp"}, "fsdp2 gathers every layer's weights twice a step, and this GPU has room for all of them (5"),
+        (H200, {"engine": "deepspeed", "zero_stage": 3}, "zero3 gathers"),
+        (H200, {"engine": "deepspeed", "zero_stage": 2}, ""),
+        (Gpu(name="NVIDIA L4", memory_gib=22.0, capability=(8, 9)), {"engine": "fsdp"}, ""),
+    ],
+)
+def test_weights_in_pieces_when_they_fit_as_a_whole_then_the_plan_names_the_faster_profile(
+    gpu: Gpu, engine: dict[str, Any], says: str
+) -> None:
+    group = machine(gpus=(gpu, gpu), memory_gib=512.0, world_size=2, local_world_size=2, is_launched=True, has_profile=True, **engine)
+    made = plan(on=group, model=IN_BF16, batch_size=8, per_device_train_batch_size=4, attn_implementation="sdpa")
+    advice = [note for note in made.notes if "profiles/ddp.yaml was the faster one" in note]
+    assert len(advice) == bool(says)
+    assert all(note.startswith(says) for note in advice)
+
+
 @pytest.mark.parametrize("rows", [4, 6, 8, 12])
 def test_auto_when_not_everything_fits_then_recomputes_the_fewest_layers(rows: int) -> None:
     made = plan(per_device_train_batch_size=rows, batch_size=rows, fused_adapters=False, attn_implementation="sdpa")

@@ -61,6 +61,20 @@ def recompute(desk: Desk, values: Mapping[str, Any]) -> Iterator[Choice]:
         _warn(desk, way.made)
     elif desk.machine.gpus:
         desk.notes.append(f"memory was not estimated: {obstacle}")
+        _advise_whole_weights(desk, values)
+
+
+def _advise_whole_weights(desk: Desk, values: Mapping[str, Any]) -> None:
+    """A note where an engine keeps the weights in pieces that fit the GPU as a whole: gathering them costs a tenth of a step and more."""
+    machine, gpu = desk.machine, desk.machine.gpu
+    if gpu is None or not machine.cuts_weights or _unknown(desk, values):
+        return
+    plain = _estimate(desk, values)
+    if plain is not None and (whole := plain.at(is_ddp=True)).gib <= (1 - FREE) * gpu.memory_gib:
+        desk.notes.append(
+            f"{machine.strategy} gathers every layer's weights twice a step, and this GPU has room for all of them "
+            f"({whole.gib:.1f} of {gpu.memory_gib:g} GiB estimated): profiles/ddp.yaml was the faster one (docs/measured.md)"
+        )
 
 
 def _way(desk: Desk, plain: Estimate | None, obstacle: str, *, spares: bool) -> _Way:
@@ -112,9 +126,15 @@ def _left_to_unsloth(desk: Desk) -> Iterator[Choice]:
 
 def _obstacle(desk: Desk, values: Mapping[str, Any]) -> str:
     """Why there is no estimate."""
-    engine, found, targets = desk.machine.engine, desk.inputs.model_config, values["target_modules"]
+    engine = desk.machine.engine
     if engine in ("deepspeed", "fsdp"):
         return f"{'DeepSpeed' if engine == 'deepspeed' else 'FSDP'} splits weights and state between processes"
+    return _unknown(desk, values)
+
+
+def _unknown(desk: Desk, values: Mapping[str, Any]) -> str:
+    """Why there is no estimate under any engine."""
+    found, targets = desk.inputs.model_config, values["target_modules"]
     if found is None:
         return "no config.json was found"
     decoder = decoder_of(found)

@@ -91,10 +91,11 @@ def test_words_when_another_programs_flags_stand_among_them_then_are_passed_on(m
 @pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "some.py: stopped by Ctrl-C\n"), (signal.SIGTERM, 143, "")])
 def test_script_when_told_to_stop_then_cleans_up_and_says_so_in_a_line(number: int, code: int, said: str, tmp_path: Path) -> None:
     program = f"""
-import os, sys
+import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv[0] = "some.py"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 from surefoot import script
 from surefoot.export import place
 from tests.test_script import Folders
